@@ -1,0 +1,26 @@
+"""KFP component: raw rows -> PreparedDataset."""
+
+from kfp import dsl
+
+from tuneline.images import TUNELINE
+
+
+@dsl.component(base_image=TUNELINE, install_kfp_package=False)
+def prepare_data(
+    run_id: str,
+    experiment: str,
+    base_model: str,
+    data: dict,
+    dataset: dsl.Output[dsl.Dataset],
+):
+    """Check, render, tokenize, mask and split the rows for one base model."""
+    from tuneline import steps
+
+    steps.guard(
+        steps.prepare_data,
+        base_model=base_model,
+        data=data,
+        output=dataset.path,
+        run_id=run_id,
+        experiment=experiment,
+    )

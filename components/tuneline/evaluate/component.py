@@ -1,0 +1,41 @@
+"""KFP component: Adapter + PreparedDataset -> EvalReport with the gate's verdict."""
+
+from kfp import dsl
+
+from tuneline.images import TUNELINE
+
+
+@dsl.component(base_image=TUNELINE, install_kfp_package=False)
+def evaluate(
+    run_id: str,
+    experiment: str,
+    base_model: str,
+    adapter: dsl.Input[dsl.Model],
+    dataset: dsl.Input[dsl.Dataset],
+    evaluation: dict,
+    gate: dict,
+    eval_report: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+    page: dsl.Output[dsl.HTML],
+):
+    """Answer the test split with base and tuned model, compare them row by row, and decide."""
+    import shutil
+    from pathlib import Path
+
+    from tuneline import steps
+
+    result = steps.guard(
+        steps.evaluate,
+        base_model=base_model,
+        adapter=adapter.path,
+        dataset=dataset.path,
+        evaluation=evaluation,
+        gate=gate,
+        output=eval_report.path,
+        run_id=run_id,
+        experiment=experiment,
+    )
+    metrics.log_metric(f"base_{result['metric']}", result["base"])
+    metrics.log_metric(f"tuned_{result['metric']}", result["tuned"])
+    metrics.log_metric("test_rows", result["rows"])
+    shutil.copyfile(Path(eval_report.path) / "report.html", page.path)

@@ -1,0 +1,26 @@
+"""KFP component: base + Adapter -> MergedModel."""
+
+from kfp import dsl
+
+from tuneline.images import TUNELINE
+
+
+@dsl.component(base_image=TUNELINE, install_kfp_package=False)
+def merge(
+    run_id: str,
+    experiment: str,
+    base_model: str,
+    adapter: dsl.Input[dsl.Model],
+    model: dsl.Output[dsl.Model],
+):
+    """Merge the adapter into the base's weights and prove that nothing was lost."""
+    from tuneline import steps
+
+    steps.guard(
+        steps.merge,
+        base_model=base_model,
+        adapter=adapter.path,
+        output=model.path,
+        run_id=run_id,
+        experiment=experiment,
+    )

@@ -1,0 +1,198 @@
+"""Base + Adapter -> MergedModel, tensor by tensor, and proof that it computes the same.
+
+The base's safetensors files are read and written one tensor at a time, with the base's own header:
+names, shapes, dtypes and order stay what they were, and memory holds one tensor whatever the size
+of the model. Tied embeddings stay tied because nothing is added to the files.
+
+The proof compares logits of adapter-on-base with the merged model on seeded random tokens.
+It loads both models, one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Final
+
+from tuneline import artifacts, base_model
+from tuneline.artifacts import Artifact
+from tuneline.errors import MergeError
+from tuneline.evaluate.evaluate import check_lineage
+from tuneline.finetune.methods import METHODS
+from tuneline.finetune.methods.method import MergeTensor
+from tuneline.progress import report
+from tuneline.recipe import method_settings
+from tuneline.tracking import Step
+
+if TYPE_CHECKING:
+    import torch
+
+PROOF: Final = "proof.json"
+_PROOF_SHAPE: Final = (8, 32)
+"""Sequences x tokens."""
+_LIMITS: Final = {"float32": (1e-2, 0.99), "bfloat16": (1.0, 0.95), "float16": (0.2, 0.98)}
+"""dtype -> largest logit difference, least top-1 agreement. Logits of language models span some
+tens; fp32 sums in another order differ by about 1e-4 of that. Half precision rounds W + change
+itself (8 bits of mantissa in bf16, 11 in fp16), and the error grows through the layers."""
+_NEVER_COPIED: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How far the merged model's logits are from the adapter's."""
+
+    max_logit_diff: float
+    top1_agreement: float
+    positions: int
+    dtype: str
+    max_logit_diff_allowed: float
+    top1_agreement_needed: float
+
+
+def merge(model_reference: str, adapter_dir: Path, output: Path, step: Step) -> Artifact:
+    """Write the tuned model as weights of the base's architecture.
+
+    Raises:
+        ArtifactError: the adapter was trained on another base.
+        MergeError: the method can't be merged, or the proof fails; the adapter is kept.
+    """
+    adapter = artifacts.load(adapter_dir, "adapter")
+    base = base_model.resolve(model_reference)
+    check_lineage(adapter, base, None)
+    name = method_settings(adapter.manifest.config["method"]).model_dump()["name"]
+    method = next(m for m in METHODS if m.name == name)
+    if method.open_merge is None:
+        mergeable = ", ".join(m.name for m in METHODS if m.mergeable)
+        raise MergeError(f"method {name} can't be merged into weights; these can: {mergeable}")
+    merge_tensor, targets = method.open_merge(str(adapter_dir))
+    with artifacts.writing(output) as aside:
+        _copy_small_files(base.path, aside)
+        merged: set[str] = set()
+        for shard in sorted(base.path.glob("*.safetensors")):
+            merged |= merge_shard(shard, aside / shard.name, merge_tensor)
+        if missing := sorted(targets - merged):
+            raise MergeError(
+                f"the base has no tensor {missing[0]} ({len(missing)} of {len(targets)} that the "
+                "adapter changes are not in its files): nothing was written"
+            )
+        report(f"merged {len(merged)} tensors")
+        proof = prove(base.path, adapter_dir, aside)
+        (aside / PROOF).write_text(json.dumps(asdict(proof), indent=2) + "\n")
+        artifacts.seal(
+            aside,
+            kind="merged_model",
+            config=adapter.manifest.config,
+            base_model=base.identity(),
+            inputs={"adapter": adapter.digest},
+        )
+    step.log_metrics(
+        {
+            "merge_max_logit_diff": proof.max_logit_diff,
+            "merge_top1_agreement": proof.top1_agreement,
+        }
+    )
+    report(
+        f"proof: largest logit difference {proof.max_logit_diff:.1e}, top-1 agreement "
+        f"{proof.top1_agreement:.4f} on {proof.positions} positions"
+    )
+    return artifacts.load(output, "merged_model")
+
+
+def _copy_small_files(source: Path, target: Path) -> None:
+    # configuration, tokenizer, chat template, generation config, licence, index of shards
+    for file in source.iterdir():
+        if file.is_file() and file.suffix not in _NEVER_COPIED and file.name[0] != ".":
+            shutil.copyfile(file, target / file.name)
+
+
+def merge_shard(source: Path, target: Path, merge_tensor: MergeTensor) -> set[str]:
+    """Stream one safetensors file through `merge_tensor`.
+
+    The format is 8 bytes of header length, a JSON header, then the tensors' bytes in the order of
+    their offsets. Since dtypes and shapes don't change, the header is written as it was read.
+
+    Returns:
+        Names of the tensors that changed.
+    """
+    with source.open("rb") as reader, target.open("wb") as writer:
+        length = reader.read(8)
+        header = reader.read(int.from_bytes(length, "little"))
+        writer.write(length + header)
+        return set(_stream(json.loads(header), reader, writer, merge_tensor, source))
+
+
+def _stream(
+    header: dict[str, dict[str, object]],
+    reader: BinaryIO,
+    writer: BinaryIO,
+    merge_tensor: MergeTensor,
+    source: Path,
+) -> Iterator[str]:
+    import torch
+
+    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    header.pop("__metadata__", None)
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):  # type: ignore[arg-type, return-value]
+        start, end = entry["data_offsets"]  # type: ignore[misc]
+        raw = bytearray(reader.read(end - start))
+        if len(raw) != end - start:
+            raise MergeError(f"{source} is cut short at tensor {name}: fetch the base model again")
+        dtype = dtypes.get(str(entry["dtype"]))
+        if dtype is not None and raw:
+            tensor = torch.frombuffer(raw, dtype=dtype).reshape(entry["shape"])  # type: ignore[arg-type]
+            result = merge_tensor(name, tensor)
+            if result is not tensor:
+                raw = result.contiguous().view(torch.uint8).numpy().data
+                yield name
+        writer.write(raw)
+
+
+def prove(base_path: Path, adapter_dir: Path, merged_path: Path) -> Proof:
+    """Compare adapter-on-base with the merged model.
+
+    Raises:
+        MergeError: a limit is broken.
+    """
+    import gc
+
+    import torch
+    from peft import PeftModel
+
+    from tuneline.finetune.train import load_base
+
+    base = load_base(base_path)
+    dtype = str(base.dtype).removeprefix("torch.")
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = base.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(int(vocabulary), _PROOF_SHAPE, generator=generator)
+    expected = _logits(PeftModel.from_pretrained(base, str(adapter_dir)), tokens)
+    del base
+    gc.collect()
+    actual = _logits(load_base(merged_path), tokens)
+    limit, agreement_needed = _LIMITS[dtype]
+    proof = Proof(
+        max_logit_diff=float((expected - actual).abs().max()),
+        top1_agreement=float((expected.argmax(-1) == actual.argmax(-1)).float().mean()),
+        positions=tokens.numel(),
+        dtype=dtype,
+        max_logit_diff_allowed=limit,
+        top1_agreement_needed=agreement_needed,
+    )
+    if not (proof.max_logit_diff <= limit and proof.top1_agreement >= agreement_needed):
+        raise MergeError(
+            f"the merged model is not the tuned one: largest logit difference "
+            f"{proof.max_logit_diff:.3g} (allowed in {dtype}: {limit}), top-1 agreement "
+            f"{proof.top1_agreement:.3f} (needed: {agreement_needed}); the adapter is kept"
+        )
+    return proof
+
+
+def _logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    model.eval()
+    with torch.inference_mode():
+        return model(tokens.to(next(model.parameters()).device)).logits.float().cpu()

@@ -1,0 +1,36 @@
+"""What a person sees while a step runs: one prefix, plain lines, readable in a pod log.
+
+`report` prints a line that stays. `tick` prints progress that replaces the one before where a
+terminal shows it; elsewhere the caller's pace decides how many lines there are. `record` is for
+the process that started the step.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+REPORT_PREFIX = "[tuneline] "
+TICK_PREFIX = "[tuneline~] "
+RECORD_PREFIX = "[tuneline=] "
+
+
+def report(text: str) -> None:
+    """A line for the person who runs the step."""
+    print(f"{REPORT_PREFIX}{text}", flush=True)
+
+
+def tick(text: str) -> None:
+    """Progress that the next line may replace."""
+    print(f"{TICK_PREFIX}{text}", flush=True)
+
+
+def record(**values: str | float) -> None:
+    """Figures of a finished step, one JSON object, for the process that started it."""
+    print(f"{RECORD_PREFIX}{json.dumps(values)}", flush=True)
+
+
+def complain(text: str) -> None:
+    """The sentence that a failed step ends with."""
+    sys.stdout.flush()
+    print(f"error: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,252 @@
+"""The recipe: what to tune, on what, how, and what has to be true before it is promoted.
+
+A YAML file, `--set section.key=value` and the parameters of a KFP run are three ways to fill the
+same sections. `resolve` checks all of them at once and reports every fault, each with what is
+allowed; nothing asks for an accelerator before that. The resolved recipe is a plain JSON value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+from pydantic import Field, ValidationError, field_validator
+
+from tuneline.errors import RecipeError, did_you_mean
+from tuneline.finetune.methods import METHODS
+from tuneline.finetune.methods.lora import LoraSettings
+from tuneline.settings import Settings
+
+T = TypeVar("T", bound=Settings)
+
+
+class ModelSection(Settings):
+    """The model to start from."""
+
+    base_model: str = Field(min_length=1)
+    """`demo`, a local folder, or `hf://org/name@revision`."""
+
+
+class DataSection(Settings):
+    """Where rows come from and how they become tokens."""
+
+    train: tuple[str, ...] = Field(min_length=1)
+    """JSON-lines files with `messages`, or `demo:train`."""
+    test: tuple[str, ...] = ()
+    """Files used as the test split; without them it is taken from `train` by content hash."""
+    validation_fraction: float = Field(0.1, ge=0, lt=1)
+    """Share of `train` rows held out to watch overfitting."""
+    test_fraction: float = Field(0.1, ge=0, lt=1)
+    """Share of `train` rows held out for evaluation; not used when `test` is given."""
+    max_seq_len: int = Field(1024, ge=8)
+    """Longest row in tokens; longer rows are dropped and counted."""
+
+    @field_validator("train", "test", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class TrainingSection(Settings):
+    """The training loop."""
+
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the training rows; fractions are allowed."""
+    learning_rate: float = Field(2e-4, gt=0, lt=10)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Of the learning rate after warm-up."""
+    warmup_fraction: float = Field(0.1, ge=0, lt=1)
+    """Share of the optimizer steps in which the learning rate rises from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Of AdamW."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this L2 norm."""
+    batch_tokens: int = Field(4096, ge=8)
+    """Most tokens in one micro-batch, padding included; rows of like length go together."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Micro-batches per optimizer step; the loss is the mean over all their supervised tokens."""
+    evaluations: int = Field(2, ge=1)
+    """How often the validation loss is measured, evenly spread, the last time at the end."""
+    seed: int = Field(42, ge=0, lt=2**31)
+    """Of the initialization, the row order and dropout."""
+
+
+class EvaluationSection(Settings):
+    """How base and tuned model are compared on the test split."""
+
+    batch_size: int = Field(32, ge=1)
+    """Prompts generated at once."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Longest answer; unset: the longest reference plus a quarter."""
+    max_rows: int = Field(1000, ge=1)
+    """At most this many test rows, the first in the split's order."""
+
+
+class GateSection(Settings):
+    """What has to hold before a version may become champion."""
+
+    metric: Literal["exact_match"] = "exact_match"
+    """The per-row score that decides."""
+    min_gain: float = Field(0.0, ge=0, le=1)
+    """The lower bound of the 95 % interval of (tuned - base) must be above this."""
+    min_rows: int = Field(100, ge=1)
+    """Fewer test rows refuse the promotion."""
+
+
+class RegistrySection(Settings):
+    """Where the model is registered."""
+
+    model_name: str = Field(pattern=r"^[A-Za-z0-9_.\- ]+$")
+    """Name of the registered model in MLflow."""
+    experiment: str = Field("tuneline", min_length=1)
+    """MLflow experiment of the run."""
+
+
+class Recipe(Settings):
+    """A whole recipe."""
+
+    model: ModelSection
+    data: DataSection
+    method: LoraSettings = LoraSettings()
+    training: TrainingSection = TrainingSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    gate: GateSection = GateSection()
+    registry: RegistrySection
+
+
+SECTIONS: Final = tuple(Recipe.model_fields)
+
+
+def resolve(values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
+    """Check all sections and fill in the defaults.
+
+    Raises:
+        RecipeError: with every fault.
+    """
+    return _validate(Recipe, values, source)
+
+
+def check(settings: type[T], values: Mapping[str, Any], *, source: str) -> T:
+    """Check one section on its own, as a single step does.
+
+    Raises:
+        RecipeError: with every fault.
+    """
+    return _validate(settings, values, source)
+
+
+def method_settings(values: Mapping[str, Any]) -> Settings:
+    """The checked configuration of the method that `values["name"]` names.
+
+    Raises:
+        RecipeError: unknown method, or faults in its hyperparameters.
+    """
+    name = values.get("name", "lora")
+    for method in METHODS:
+        if method.name == name:
+            return _validate(method.config_class, values, f"method {name}")
+    raise RecipeError("method", [unknown_method(str(name))])
+
+
+def unknown_method(name: str) -> str:
+    """The sentence for a method that does not exist."""
+    names = [method.name for method in METHODS]
+    return f"method '{name}' is unknown; methods are {', '.join(names)}.{did_you_mean(name, names)}"
+
+
+def read(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe file and apply `section.key=value` overrides.
+
+    Raises:
+        RecipeError: no such file, not YAML, or faults in it.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(str(path), ["no such file; examples/ has recipes to start from"]) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(str(path), [f"can't be read: {error}"]) from error
+    except yaml.YAMLError as error:
+        raise RecipeError(str(path), [f"is not YAML: {' '.join(str(error).split())}"]) from error
+    if not isinstance(values, dict):
+        raise RecipeError(str(path), [f"must be a mapping of sections {', '.join(SECTIONS)}"])
+    return resolve(apply_overrides(values, overrides), source=str(path))
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of `values` with each `section.key=value` set; values are read as YAML.
+
+    Raises:
+        RecipeError: an override has another form.
+    """
+    import yaml
+
+    result = {key: dict(v) if isinstance(v, dict) else v for key, v in values.items()}
+    faults = []
+    for override in overrides:
+        path, separator, text = override.partition("=")
+        section, _, key = path.strip().partition(".")
+        if not separator or not key:
+            faults.append(f"'{override}' is not of the form section.key=value")
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            faults.append(f"the value of '{override}' is not YAML")
+            continue
+        if isinstance(value, str):
+            value = _number(value)
+        target = result.setdefault(section, {})
+        if not isinstance(target, dict):
+            faults.append(f"'{override}': {section} is not a section")
+            continue
+        target[key] = value
+    if faults:
+        raise RecipeError("--set", faults)
+    return result
+
+
+def _number(text: str) -> float | str:
+    # YAML 1.1 reads 1e-3 as a string, since it has no dot
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a recipe, for editors."""
+    return Recipe.model_json_schema()
+
+
+def _validate(settings: type[T], values: Mapping[str, Any], source: str) -> T:
+    try:
+        return settings.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(source, [_fault(settings, dict(e)) for e in error.errors()]) from error
+
+
+def _fault(settings: type[Settings], error: Mapping[str, Any]) -> str:
+    *parents, last = error["loc"] or ("",)
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        allowed = _keys(settings, parents)
+        hint = did_you_mean(str(last), allowed)
+        return f"{where}: unknown key; keys here are {', '.join(allowed)}.{hint}"
+    if error["type"] == "missing":
+        return f"{where}: is required"
+    if where == "method.name":
+        return unknown_method(str(error["input"]))
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {message[:1].lower()}{message[1:]}, got {error['input']!r}"
+
+
+def _keys(settings: type[Settings], path: Iterable[Any]) -> list[str]:
+    current: Any = settings
+    for part in path:
+        current = current.model_fields[part].annotation
+    return list(current.model_fields)

@@ -1,0 +1,40 @@
+"""KFP components: MergedModel + EvalReport -> registered version -> champion."""
+
+from kfp import dsl
+
+from tuneline.images import TUNELINE
+
+
+@dsl.component(base_image=TUNELINE, install_kfp_package=False)
+def register(
+    run_id: str,
+    experiment: str,
+    model: dsl.Input[dsl.Model],
+    eval_report: dsl.Input[dsl.Artifact],
+    registry: dict,
+) -> int:
+    """Register the model once per pipeline run, with its evaluation; returns the version."""
+    from tuneline import steps
+
+    return steps.guard(
+        steps.register,
+        model=model.path,
+        eval_report=eval_report.path,
+        model_name=registry["model_name"],
+        run_id=run_id,
+        experiment=experiment,
+    )
+
+
+@dsl.component(base_image=TUNELINE, install_kfp_package=False)
+def promote(run_id: str, experiment: str, registry: dict, version: int) -> str:
+    """Make the version champion if its gate passed; returns the alias, empty when refused."""
+    from tuneline import steps
+
+    return steps.guard(
+        steps.promote,
+        model_name=registry["model_name"],
+        version=version,
+        run_id=run_id,
+        experiment=experiment,
+    )

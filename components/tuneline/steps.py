@@ -1,0 +1,187 @@
+"""The steps on plain values: what a KFP component and a CLI command both call.
+
+Each function checks its settings, opens the step's MLflow run, does the work and records how long
+it took and how much memory it needed. `guard` is what a KFP component's body calls them through:
+it turns an error into one sentence and an exit code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import resource
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+from tuneline import recipe
+from tuneline.errors import EXIT_TERMINATED, Terminated, TunelineError
+from tuneline.progress import complain, record, report
+from tuneline.tracking import Step, finish_run, tracked
+
+T = TypeVar("T")
+_TORCH = ("torch", "transformers", "peft")
+
+
+def guard(step: Callable[..., T], **arguments: Any) -> T:
+    """Run a step in a process of its own.
+
+    SIGTERM (a reclaimed node, a cancelled run) ends it with exit code 143 and no artifact.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return step(**arguments)
+    except TunelineError as error:
+        complain(str(error))
+        sys.exit(error.exit_code)
+    except Terminated:
+        complain(f"{step.__name__} was stopped by SIGTERM; nothing was written, run it again")
+        sys.exit(EXIT_TERMINATED)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    raise Terminated
+
+
+def _quiet_libraries() -> None:
+    # loading bars and migration chatter would bury the lines that a person needs; set before the
+    # libraries are imported, unless the user wants them
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # peft 0.21 on transformers 5.23
+    warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is deprecated")
+
+
+@contextmanager
+def _step(
+    task: str, run_id: str, experiment: str, imports: tuple[str, ...] = ()
+) -> Iterator[Step]:
+    report(f"== {task}")
+    _quiet_libraries()
+    for module in imports:
+        importlib.import_module(module)
+    with tracked(run_id, task, experiment=experiment) as step:
+        started = time.monotonic()
+        yield step
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        seconds = time.monotonic() - started
+        step.log_metrics({"wall_seconds": seconds, "step_peak_memory_bytes": peak})
+    record(task=task, wall_seconds=seconds, peak_memory_bytes=peak)
+
+
+def check_recipe(
+    base_model: str, sections: Mapping[str, Any], run_id: str, experiment: str
+) -> dict[str, Any]:
+    """Check the whole recipe before anything asks for an accelerator; returns it resolved."""
+    with _step("check_recipe", run_id, experiment) as step:
+        resolved = recipe.resolve({"model": {"base_model": base_model}, **sections})
+        values = resolved.model_dump(mode="json")
+        step.log_params({section: values[section] for section in recipe.SECTIONS})
+        return values
+
+
+def prepare_data(
+    base_model: str, data: Mapping[str, Any], output: str, run_id: str = "", experiment: str = ""
+) -> None:
+    """Raw rows to a PreparedDataset."""
+    from tuneline.data_prep.prepare import prepare
+
+    with _step("prepare_data", run_id, experiment, ("transformers",)) as step:
+        section = recipe.check(recipe.DataSection, data, source="data")
+        dataset = prepare(base_model, section, Path(output))
+        for split, counts in dataset.read_json("contract.json")["splits"].items():
+            step.log_metrics({f"{split}_rows": counts["rows"], f"{split}_tokens": counts["tokens"]})
+        step.log_file(dataset.path / "contract.json")
+
+
+def finetune(
+    base_model: str,
+    dataset: str,
+    method: Mapping[str, Any],
+    training: Mapping[str, Any],
+    output: str,
+    run_id: str = "",
+    experiment: str = "",
+) -> None:
+    """A PreparedDataset to an Adapter."""
+    from tuneline import artifacts
+    from tuneline.finetune.train import finetune as train
+
+    settings = recipe.method_settings(method)
+    section = recipe.check(recipe.TrainingSection, training, source="training")
+    task = f"finetune_{method.get('name', 'lora')}"
+    with _step(task, run_id, experiment, _TORCH) as step:
+        adapter = train(base_model, Path(dataset), settings, section, Path(output), step)
+        digest = adapter.manifest.inputs["prepared_dataset"]
+        step.log_dataset("train", digest, "training")
+        step.log_file(artifacts.load(adapter.path, "adapter").path / "history.jsonl")
+
+
+def evaluate(
+    base_model: str,
+    adapter: str,
+    dataset: str,
+    evaluation: Mapping[str, Any],
+    gate: Mapping[str, Any],
+    output: str,
+    run_id: str = "",
+    experiment: str = "",
+) -> dict[str, Any]:
+    """Base against tuned to an EvalReport; returns the report."""
+    from tuneline.evaluate.evaluate import REPORT
+    from tuneline.evaluate.evaluate import evaluate as compare
+
+    with _step("evaluate", run_id, experiment, _TORCH) as step:
+        result = compare(
+            base_model,
+            Path(adapter),
+            Path(dataset),
+            recipe.check(recipe.EvaluationSection, evaluation, source="evaluation"),
+            recipe.check(recipe.GateSection, gate, source="gate"),
+            Path(output),
+            step,
+        )
+        values = result.read_json(REPORT)
+        step.log_dataset("test", values["eval_set_digest"], "evaluation")
+        return values
+
+
+def merge(
+    base_model: str, adapter: str, output: str, run_id: str = "", experiment: str = ""
+) -> None:
+    """An Adapter to a MergedModel."""
+    from tuneline.merge.merge import merge as merge_adapter
+
+    with _step("merge", run_id, experiment, _TORCH) as step:
+        merge_adapter(base_model, Path(adapter), Path(output), step)
+
+
+def register(
+    model: str, eval_report: str, model_name: str, run_id: str = "", experiment: str = ""
+) -> int:
+    """A MergedModel and its EvalReport to a registered version; returns its number."""
+    from tuneline.register.register import register as register_version
+
+    with _step("register", run_id, experiment, ("mlflow",)) as step:
+        return register_version(Path(model), Path(eval_report), model_name, run_id, step)
+
+
+def promote(model_name: str, version: int, run_id: str = "", experiment: str = "") -> str:
+    """A registered version to champion; returns its alias, empty when the gate refused it."""
+    from tuneline.register.promote import promote as promote_version
+
+    with _step("promote", run_id, experiment, ("torch", "transformers", "mlflow")) as step:
+        promotion = promote_version(model_name, version)
+        step.log_params({"alias": promotion.alias, "reason": promotion.reason})
+    if run_id:
+        finish_run(run_id, experiment, "FINISHED")
+    return promotion.alias

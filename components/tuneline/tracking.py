@@ -1,0 +1,232 @@
+"""The only module that writes MLflow runs.
+
+The run tree looks the same everywhere: a parent run per pipeline run, a child per step.
+
+1. `MLFLOW_RUN_ID` is set (KFP's MLflow plugin made the runs): that run is resumed, none is created.
+2. Else the parent is found by its tag `kfp.run_id`, or created, and the step's child by its tag
+   `kfp.task`: a retried step goes on in its run.
+3. A step outside of a pipeline (no run id) is not tracked.
+
+Parameters get the prefix `tuneline.`: MLflow's parameters can't change, KFP's plugin logs a
+component's inputs by their own names, and a clash would lose the plugin's whole batch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from tuneline.errors import RegistryError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+PARAM_PREFIX: Final = "tuneline."
+RUN_TAG: Final = "kfp.run_id"
+TASK_TAG: Final = "kfp.task"
+_PARAM_LENGTH: Final = 6000
+
+
+class Step(Protocol):
+    """What a step tells of itself while it runs."""
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Settings, once."""
+        ...
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Figures at a training step."""
+        ...
+
+    def log_file(self, path: Path) -> None:
+        """A small file to keep with the run."""
+        ...
+
+    def log_dataset(self, name: str, digest: str, context: str) -> None:
+        """Which data the step read."""
+        ...
+
+
+class Untracked:
+    """A step that nobody records."""
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Do nothing."""
+
+    def log_file(self, path: Path) -> None:
+        """Do nothing."""
+
+    def log_dataset(self, name: str, digest: str, context: str) -> None:
+        """Do nothing."""
+
+
+class TrackedStep:
+    """A step's MLflow run.
+
+    Attributes:
+        client: of the tracking server.
+        run_id: of this step's run.
+    """
+
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
+        self.client = client
+        self.run_id = run_id
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Settings; a value that was logged by an earlier try of the step is kept."""
+        from mlflow.entities import Param
+
+        known = self.client.get_run(self.run_id).data.params
+        entries = [
+            Param(PARAM_PREFIX + key, str(value)[:_PARAM_LENGTH])
+            for key, value in params.items()
+            if PARAM_PREFIX + key not in known
+        ]
+        self.client.log_batch(self.run_id, params=entries)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Figures at a training step, in one request."""
+        import time
+
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self.client.log_batch(
+            self.run_id, metrics=[Metric(key, float(v), now, step) for key, v in metrics.items()]
+        )
+
+    def log_file(self, path: Path) -> None:
+        """Upload a small file."""
+        self.client.log_artifact(self.run_id, str(path))
+
+    def log_dataset(self, name: str, digest: str, context: str) -> None:
+        """Data set lineage: its name and digest, and whether it was for training or evaluation."""
+        import json
+
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        entity = Dataset(
+            name=name,
+            digest=digest.removeprefix("sha256:")[:36],  # MLflow's limit
+            source_type="tuneline",
+            source=json.dumps({"digest": digest}),
+        )
+        self.client.log_inputs(
+            self.run_id, datasets=[DatasetInput(entity, [InputTag("mlflow.data.context", context)])]
+        )
+
+
+def open_client() -> MlflowClient:
+    """A client of `MLFLOW_TRACKING_URI`.
+
+    Raises:
+        RegistryError: the variable is not set.
+    """
+    import logging
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        raise RegistryError(
+            "no MLflow server is named: set MLFLOW_TRACKING_URI, for example to "
+            "sqlite:///mlflow.db or https://mlflow.example.com"
+        )
+    for name in ("alembic", "mlflow.store.db.utils"):  # migration chatter of a new sqlite file
+        logging.getLogger(name).setLevel(logging.WARNING)
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    return mlflow.MlflowClient()
+
+
+@contextmanager
+def tracked(run_id: str, task: str, *, experiment: str) -> Iterator[Step]:
+    """The run of one step of a pipeline run; it ends FINISHED or FAILED.
+
+    Args:
+        run_id: of the pipeline run; empty for a step on its own.
+        task: name of the step.
+        experiment: of MLflow, created if it does not exist.
+
+    Raises:
+        RegistryError: MLflow can't be reached.
+    """
+    if not run_id:
+        yield Untracked()
+        return
+    from mlflow.exceptions import MlflowException
+
+    client = open_client()
+    try:
+        step_run_id, ours = _run_of_step(client, run_id, task, experiment)
+    except MlflowException as error:
+        raise RegistryError(f"MLflow at {_safe_uri()}: {error.message}") from error
+    status = "FAILED"
+    try:
+        yield TrackedStep(client, step_run_id)
+        status = "FINISHED"
+    finally:
+        if ours:
+            client.set_terminated(step_run_id, status)
+
+
+def finish_run(run_id: str, experiment: str, status: str) -> str:
+    """End the parent run; returns its MLflow run id."""
+    client = open_client()
+    parent = _find_or_create(client, _experiment_id(client, experiment), run_id, None, None)
+    client.set_terminated(parent, status)
+    return parent
+
+
+def _run_of_step(
+    client: MlflowClient, run_id: str, task: str, experiment: str
+) -> tuple[str, bool]:
+    if injected := os.environ.get("MLFLOW_RUN_ID"):
+        return injected, False
+    experiment_id = _experiment_id(client, experiment)
+    parent = _find_or_create(client, experiment_id, run_id, None, None)
+    return _find_or_create(client, experiment_id, run_id, task, parent), True
+
+
+def _experiment_id(client: MlflowClient, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return found.experiment_id
+    artifacts = os.environ.get("TUNELINE_MLFLOW_ARTIFACTS")
+    try:
+        return client.create_experiment(name, artifact_location=artifacts)
+    except MlflowException:  # another step created it in between
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            raise
+        return found.experiment_id
+
+
+def _find_or_create(
+    client: MlflowClient, experiment_id: str, run_id: str, task: str | None, parent: str | None
+) -> str:
+    task_tag = task or "pipeline"
+    query = f"tags.`{RUN_TAG}` = '{run_id}' and tags.`{TASK_TAG}` = '{task_tag}'"
+    found = client.search_runs([experiment_id], query, max_results=1)
+    if found:
+        return found[0].info.run_id
+    tags = {RUN_TAG: run_id, TASK_TAG: task_tag}
+    if parent:
+        tags["mlflow.parentRunId"] = parent
+    name = task or f"finetune-{run_id[:8]}"
+    return client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
+
+
+def _safe_uri() -> str:
+    # a tracking URI can carry a password
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

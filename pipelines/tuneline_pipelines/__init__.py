@@ -1,0 +1,1 @@
+"""Pipelines over the components of `tuneline`, and the command line."""

@@ -1,0 +1,330 @@
+"""The command `tuneline`: a whole recipe, or one step on plain folders.
+
+Exit codes: 0 done (also when the gate refused the promotion), 1 failed for a stated reason,
+2 wrong usage or recipe, 130 interrupted, 143 stopped by SIGTERM.
+
+Only the standard library is imported here; each command imports what it needs, so that help and
+completion answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tuneline import __version__
+from tuneline.errors import EXIT_TERMINATED, Terminated, TunelineError, UsageError
+from tuneline.progress import complain
+
+_EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return options.command(options)
+    except TunelineError as error:
+        complain(str(error))
+        return error.exit_code
+    except Terminated:
+        complain("stopped by SIGTERM; run the command again")
+        return EXIT_TERMINATED
+    except KeyboardInterrupt:
+        complain("interrupted; run the command again")
+        return _EXIT_INTERRUPTED
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    raise Terminated
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tuneline",
+        description="Fine-tune causal language models as a declarative workflow, on Kubeflow "
+        "Pipelines or on this machine.",
+    )
+    parser.add_argument("--version", action="version", version=f"tuneline {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_run(commands)
+    _add_prepare(commands)
+    _add_finetune(commands)
+    _add_evaluate(commands)
+    _add_merge(commands)
+    _add_register(commands)
+    _add_promote(commands)
+    _add_compile(commands)
+    _add_schema(commands)
+    return parser
+
+
+_BASE_MODEL = {
+    "required": True,
+    "metavar": "M",
+    "help": "`demo`, a local model folder, or hf://org/name@commit",
+}
+_OUTPUT = {"required": True, "type": Path, "metavar": "DIR", "help": "new folder to write"}
+
+
+def _add_run(commands: Any) -> None:
+    run = commands.add_parser("run", help="run a recipe on this machine, data to promotion")
+    run.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    _add_set(run, "section.key=value")
+    run.add_argument(
+        "--workdir", type=Path, metavar="DIR", help="work folder (default: tuneline-runs/NAME)"
+    )
+    run.add_argument("--quiet", action="store_true", help="print the final table only")
+    run.set_defaults(command=_run)
+
+
+def _add_set(parser: argparse.ArgumentParser, form: str) -> None:
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar=form,
+        help="override one setting; may be given several times",
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    from tuneline import recipe
+
+    resolved = recipe.read(options.recipe, options.overrides)
+    from tuneline_pipelines.local import run_recipe
+
+    workdir = options.workdir or Path("tuneline-runs") / options.recipe.stem
+    summary = run_recipe(resolved, workdir, quiet=options.quiet)
+    print(final_table(summary))
+    return 0
+
+
+def final_table(summary: dict[str, Any]) -> str:
+    """What a person reads at the end of a run."""
+    low, high = summary["tuned_interval"]
+    version = f"{summary['model_name']} version {summary['registered_version']}"
+    refused = "; ".join(summary["gate"]["reasons"])
+    rows = [
+        ("base score", f"{summary['base_exact_match']:.3f}"),
+        ("tuned score", f"{summary['tuned_exact_match']:.3f}   (95 % interval {low:.3f} to {high:.3f}, "
+                        f"{summary['test_rows']} rows)"),
+        ("registered", f"{version}, alias {summary['alias']}" if summary["alias"]
+                       else f"{version}, not promoted: {refused}"),
+        ("merge proof", f"largest logit difference {summary['merge_max_logit_diff']:.1e}, top-1 "
+                        f"agreement {summary['merge_top1_agreement']:.4f}"),
+        ("time, memory", f"{_minutes(summary['wall_seconds'])} min, peak "
+                         f"{summary['peak_memory_bytes'] / 1e9:.1f} GB"),
+        ("report", summary["report_html"]),
+        ("adapter", summary["adapter_dir"]),
+        ("merged model", summary["merged_dir"]),
+        ("MLflow UI", f"mlflow ui --backend-store-uri {summary['tracking_uri']}"
+                      if summary["tracking_uri"].startswith("sqlite:") else "on your server"),
+    ]  # fmt: skip
+    lines = ["", "-" * 78, *(f"{name:<14}{value}" for name, value in rows)]
+    for number, sample in enumerate(summary["samples"], 1):
+        lines += [
+            "",
+            f"sample {number}",
+            *_quoted("question", sample["question"]),
+            *_quoted("base", sample["base"]),
+            *_quoted("tuned", sample["tuned"]),
+            *([] if sample["tuned_exact_match"] == 1 else _quoted("wanted", sample["reference"])),
+        ]
+    return "\n".join([*lines, "-" * 78])
+
+
+def _quoted(label: str, text: str) -> list[str]:
+    flat = " ".join(text.split()) or "(nothing)"
+    return [f"  {label:<10}{textwrap.shorten(flat, 110, placeholder=' ...')}"]
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+def _add_prepare(commands: Any) -> None:
+    prepare = commands.add_parser("prepare", help="raw rows -> PreparedDataset")
+    prepare.add_argument("--base-model", **_BASE_MODEL)
+    prepare.add_argument(
+        "--data", required=True, nargs="+", metavar="FILE", help="JSON-lines files with `messages`"
+    )
+    prepare.add_argument("--test", nargs="*", default=[], metavar="FILE", help="own test files")
+    _add_set(prepare, "key=value")
+    prepare.add_argument("--output", **_OUTPUT)
+    prepare.set_defaults(command=_prepare)
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from tuneline import steps
+
+    data = _section("data", options.overrides, {"train": options.data, "test": options.test})
+    steps.prepare_data(options.base_model, data, str(options.output))
+    return 0
+
+
+def _add_finetune(commands: Any) -> None:
+    finetune = commands.add_parser("finetune", help="PreparedDataset -> Adapter")
+    finetune.add_argument("--base-model", **_BASE_MODEL)
+    finetune.add_argument("--data", required=True, metavar="DIR", help="a PreparedDataset")
+    finetune.add_argument("--method", required=True, metavar="NAME", help="for example lora")
+    _add_set(finetune, "key=value")
+    finetune.add_argument("--output", **_OUTPUT)
+    finetune.set_defaults(command=_finetune)
+
+
+def _finetune(options: argparse.Namespace) -> int:
+    from tuneline import recipe, steps
+
+    training_keys = recipe.TrainingSection.model_fields
+    training: list[str] = []
+    method: list[str] = []
+    for override in options.overrides:
+        key = override.partition("=")[0].strip()
+        (training if key in training_keys else method).append(override)
+    steps.finetune(
+        options.base_model,
+        options.data,
+        _section("method", method, {"name": options.method}),
+        _section("training", training, {}),
+        str(options.output),
+    )
+    return 0
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser("evaluate", help="Adapter + PreparedDataset -> EvalReport")
+    evaluate.add_argument("--base-model", **_BASE_MODEL)
+    evaluate.add_argument("--adapter", required=True, metavar="DIR", help="an Adapter")
+    evaluate.add_argument("--data", required=True, metavar="DIR", help="a PreparedDataset")
+    _add_set(evaluate, "key=value")
+    evaluate.add_argument("--output", **_OUTPUT)
+    evaluate.set_defaults(command=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from tuneline import recipe, steps
+
+    gate_keys = recipe.GateSection.model_fields
+    gate = [o for o in options.overrides if o.partition("=")[0].strip() in gate_keys]
+    evaluation = [o for o in options.overrides if o not in gate]
+    steps.evaluate(
+        options.base_model,
+        options.adapter,
+        options.data,
+        _section("evaluation", evaluation, {}),
+        _section("gate", gate, {}),
+        str(options.output),
+    )
+    return 0
+
+
+def _add_merge(commands: Any) -> None:
+    merge = commands.add_parser("merge", help="base + Adapter -> MergedModel")
+    merge.add_argument("--base-model", **_BASE_MODEL)
+    merge.add_argument("--adapter", required=True, metavar="DIR", help="an Adapter")
+    merge.add_argument("--output", **_OUTPUT)
+    merge.set_defaults(command=_merge)
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from tuneline import steps
+
+    steps.merge(options.base_model, options.adapter, str(options.output))
+    return 0
+
+
+def _add_register(commands: Any) -> None:
+    register = commands.add_parser("register", help="MergedModel + EvalReport -> version in MLflow")
+    register.add_argument("--model", required=True, metavar="DIR", help="a MergedModel")
+    register.add_argument("--report", required=True, metavar="DIR", help="its EvalReport")
+    register.add_argument("--name", required=True, help="of the registered model")
+    _add_tracking_uri(register)
+    register.set_defaults(command=_register)
+
+
+def _add_tracking_uri(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tracking-uri", metavar="URI", help="MLflow server (default: MLFLOW_TRACKING_URI)"
+    )
+
+
+def _register(options: argparse.Namespace) -> int:
+    from tuneline import steps
+
+    _use_tracking_uri(options)
+    version = steps.register(options.model, options.report, options.name)
+    print(version)
+    return 0
+
+
+def _use_tracking_uri(options: argparse.Namespace) -> None:
+    if options.tracking_uri:
+        os.environ["MLFLOW_TRACKING_URI"] = options.tracking_uri
+
+
+def _add_promote(commands: Any) -> None:
+    promote = commands.add_parser("promote", help="registered version -> champion")
+    promote.add_argument("name", metavar="NAME", help="of the registered model")
+    promote.add_argument("--version", required=True, type=int, metavar="N")
+    _add_tracking_uri(promote)
+    promote.set_defaults(command=_promote)
+
+
+def _promote(options: argparse.Namespace) -> int:
+    from tuneline import steps
+
+    _use_tracking_uri(options)
+    steps.promote(options.name, options.version)
+    return 0
+
+
+def _add_compile(commands: Any) -> None:
+    compile_ = commands.add_parser("compile", help="write the pipelines as KFP packages")
+    compile_.add_argument("--out", type=Path, default=Path("build"), metavar="DIR")
+    compile_.set_defaults(command=_compile)
+
+
+def _compile(options: argparse.Namespace) -> int:
+    from tuneline_pipelines.compile import compile_pipelines
+
+    for path in compile_pipelines(options.out):
+        print(path)
+    return 0
+
+
+def _add_schema(commands: Any) -> None:
+    schema = commands.add_parser("schema", help="print the JSON schema of a recipe")
+    schema.set_defaults(command=_schema)
+
+
+def _schema(options: argparse.Namespace) -> int:
+    del options
+    from tuneline import recipe
+
+    print(json.dumps(recipe.json_schema(), indent=2))
+    return 0
+
+
+def _section(name: str, overrides: Sequence[str], values: dict[str, Any]) -> dict[str, Any]:
+    from tuneline import recipe
+
+    for override in overrides:
+        if "=" not in override:
+            raise UsageError(f"--set '{override}' is not of the form key=value")
+    return recipe.apply_overrides({name: values}, [f"{name}.{o}" for o in overrides])[name]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""Run a recipe on this machine: the compiled pipeline's own function under `kfp.local`.
+
+Every step is a process of its own, as on the cluster. The work folder holds everything: `kfp/`
+with the artifacts, `mlflow.db` and `mlflow-artifacts/` unless `MLFLOW_TRACKING_URI` names a
+server, `run.log` with the full output, and `summary.json` with what came out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final, TextIO
+
+from tuneline.errors import Terminated, TunelineError, UsageError
+from tuneline.progress import RECORD_PREFIX, REPORT_PREFIX, TICK_PREFIX
+from tuneline.recipe import Recipe
+
+SUMMARY: Final = "summary.json"
+_ERROR_PREFIX: Final = "error: "
+
+
+class Console(io.TextIOBase):
+    """Keeps everything in a log and shows a person the lines that are meant for one.
+
+    In a terminal, progress replaces the line before; elsewhere each line stays.
+    """
+
+    def __init__(self, terminal: TextIO, log: TextIO, *, quiet: bool) -> None:
+        self._terminal = terminal
+        self._log = log
+        self._quiet = quiet
+        self._tty = terminal.isatty()
+        self._pending = ""
+        self._on_tick = False
+        self.last_error = ""
+        """The sentence that a failed step ended with."""
+        self.records: list[dict[str, Any]] = []
+        """What each finished step recorded of itself, in order."""
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def write(self, text: str) -> int:
+        """Take text in pieces of any size."""
+        self._log.write(text)
+        *lines, self._pending = (self._pending + text).split("\n")
+        for line in lines:
+            self._show(line.strip())
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the log."""
+        self._log.flush()
+
+    def _show(self, line: str) -> None:
+        if line.startswith(_ERROR_PREFIX):
+            self.last_error = line.removeprefix(_ERROR_PREFIX)
+        elif self.last_error and line.startswith("- "):
+            self.last_error += f"\n  {line}"
+        if line.startswith(RECORD_PREFIX):
+            self.records.append(json.loads(line.removeprefix(RECORD_PREFIX)))
+        if self._quiet:
+            return
+        if line.startswith(TICK_PREFIX):
+            text = "  " + line.removeprefix(TICK_PREFIX)
+            self._terminal.write(f"\r\033[K{text}" if self._tty else f"{text}\n")
+            self._on_tick = self._tty
+        elif line.startswith(REPORT_PREFIX):
+            text = line.removeprefix(REPORT_PREFIX)
+            self.end_tick()
+            self._terminal.write(f"{text}\n" if text.startswith("==") else f"  {text}\n")
+        self._terminal.flush()
+
+    def end_tick(self) -> None:
+        """Clear a progress line that still stands."""
+        if self._on_tick:
+            self._terminal.write("\r\033[K")
+            self._on_tick = False
+
+
+def run_recipe(recipe: Recipe, workdir: Path, *, quiet: bool = False) -> dict[str, Any]:
+    """Run the pipeline; returns the summary, which is also written to the work folder.
+
+    Raises:
+        UsageError: the work folder can't be written.
+        TunelineError: a step failed; the message is that step's own.
+    """
+    started = time.monotonic()
+    workdir = workdir.absolute()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / SUMMARY).unlink(missing_ok=True)
+        log = (workdir / "run.log").open("w", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(
+            f"work folder {workdir} can't be written ({error.strerror}): name another with --workdir"
+        ) from error
+    _track_locally(workdir)
+    with log, _children_stop_with_us():
+        console = Console(sys.stdout, log, quiet=quiet)
+        outputs = _run(recipe, workdir, console)
+    wall_seconds = time.monotonic() - started
+    model_name = recipe.registry.model_name
+    summary = summarize(outputs, console.records, model_name, workdir, wall_seconds)
+    aside = workdir / f"{SUMMARY}.partial"
+    aside.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.rename(workdir / SUMMARY)
+    return summary
+
+
+def _track_locally(workdir: Path) -> None:
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{workdir / 'mlflow.db'}"
+        os.environ["TUNELINE_MLFLOW_ARTIFACTS"] = (workdir / "mlflow-artifacts").as_uri()
+
+
+def _run(recipe: Recipe, workdir: Path, console: Console) -> dict[str, Any]:
+    from kfp import local
+
+    from tuneline_pipelines.finetune import finetune
+
+    local.init(
+        runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(workdir / "kfp")
+    )
+    try:
+        with contextlib.redirect_stdout(console):
+            task = finetune(**pipeline_arguments(recipe))
+    except RuntimeError as error:
+        sentence = console.last_error or str(error)
+        raise TunelineError(f"{sentence}\n(full output: {workdir / 'run.log'})") from error
+    finally:
+        console.end_tick()
+    return dict(task.outputs)
+
+
+def pipeline_arguments(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as parameters of the pipeline."""
+    values = recipe.model_dump(mode="json")
+    method = values["method"]
+    registry = values["registry"]
+    return {
+        "base_model": values["model"]["base_model"],
+        "data": values["data"],
+        **{key: value for key, value in method.items() if key != "name"},
+        "training": values["training"],
+        "evaluation": values["evaluation"],
+        "gate": values["gate"],
+        "registry": {"model_name": registry["model_name"]},
+        "experiment": registry["experiment"],
+    }
+
+
+@contextlib.contextmanager
+def _children_stop_with_us() -> Iterator[None]:
+    """On SIGTERM the running step gets it too, and ends without an artifact."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        import psutil
+
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.terminate()
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def summarize(
+    outputs: dict[str, Any],
+    steps: list[dict[str, Any]],
+    model_name: str,
+    workdir: Path,
+    wall_seconds: float,
+) -> dict[str, Any]:
+    """What came out, from the run's own artifacts and what each step recorded of itself."""
+    from tuneline import artifacts
+
+    report = artifacts.load(Path(outputs["eval_report"].path), "eval_report")
+    model = artifacts.load(Path(outputs["model"].path), "merged_model")
+    result, proof = report.read_json("report.json"), model.read_json("proof.json")
+    own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "base_exact_match": result["base"],
+        "tuned_exact_match": result["tuned"],
+        "tuned_interval": result["tuned_interval"],
+        "difference_interval": result["difference_interval"],
+        "test_rows": result["rows"],
+        "gate": result["verdict"],
+        "model_name": model_name,
+        "registered_version": int(outputs["version"]),
+        "alias": outputs["alias"],
+        "merge_max_logit_diff": proof["max_logit_diff"],
+        "merge_top1_agreement": proof["top1_agreement"],
+        "samples": result["samples"],
+        "adapter_dir": outputs["adapter"].path,
+        "merged_dir": outputs["model"].path,
+        "report_html": str(report.path / "report.html"),
+        "tracking_uri": os.environ["MLFLOW_TRACKING_URI"],
+        "workdir": str(workdir),
+        "steps": {step["task"]: step["wall_seconds"] for step in steps},
+        "wall_seconds": wall_seconds,
+        # steps run one after the other, beside this process
+        "peak_memory_bytes": own_peak + max(step["peak_memory_bytes"] for step in steps),
+    }

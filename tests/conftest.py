@@ -1,0 +1,99 @@
+"""A tiny model that every test can afford, and rows for it."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# before any test imports torch or a hub client
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`make golden` passes this."""
+    parser.addoption("--update-golden", action="store_true", help="rewrite the golden files")
+
+
+@pytest.fixture(autouse=True)
+def own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test writes into the user's cache or talks to the user's MLflow."""
+    monkeypatch.setenv("TUNELINE_CACHE", str(tmp_path / "cache"))
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "TUNELINE_MLFLOW_ARTIFACTS"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+
+
+@pytest.fixture(scope="session")
+def chats() -> list[dict[str, object]]:
+    """240 short chats with one-word answers that a tiny model can learn."""
+    colours = ["red", "blue", "green", "white"]
+    fruits = ["apple", "plum", "pear", "fig", "lime"]
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"{fruit} number {number} is {colour}"},
+                {"role": "assistant", "content": colour},
+            ]
+        }
+        for number in range(12)
+        for fruit in fruits
+        for colour in colours
+    ]
+
+
+@pytest.fixture(scope="session")
+def chats_file(chats: list[dict[str, object]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The chats as a JSON-lines file."""
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(chats: list[dict[str, object]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers with random weights, its own tokenizer and the ChatML template."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        [message["content"] for chat in chats for message in chat["messages"]],  # pyright: ignore
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    fast.chat_template = CHATML
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        pad_token_id=fast.pad_token_id,
+        eos_token_id=fast.eos_token_id,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
