@@ -36,6 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## run the whole line on a laptop: prepare, fine-tune, evaluate, merge, register, promote
+	"$(BIN)/tuneline" fetch-model demo
 	"$(BIN)/tuneline" run examples/demo.yaml --workdir "$(WORKDIR)"
 
 test: $(STAMP) ## run the tests

@@ -165,9 +165,7 @@ def seal(
         inputs=dict(inputs),
         files=_entries(folder),
     )
-    text = json.dumps(
-        asdict(manifest) | {"digest": manifest.digest}, indent=2, ensure_ascii=False
-    )
+    text = json.dumps(asdict(manifest) | {"digest": manifest.digest}, indent=2, ensure_ascii=False)
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
         file.write(text + "\n")
         file.flush()
@@ -205,14 +203,18 @@ def load(path: Path, kind: Kind) -> Artifact:
             f"({__version__}) reads {FORMAT_VERSION}: run the step again"
         )
     if manifest.digest != stated:
-        raise ArtifactError(f"{path / MANIFEST} was changed after it was written: run the step again")
+        raise ArtifactError(
+            f"{path / MANIFEST} was changed after it was written: run the step again"
+        )
     _verify_files(path, manifest)
     return Artifact(path, manifest)
 
 
 def _verify_files(path: Path, manifest: Manifest) -> None:
     on_disk = {
-        p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file() and p.name != MANIFEST
+        p.relative_to(path).as_posix()
+        for p in path.rglob("*")
+        if p.is_file() and p.name != MANIFEST
     }
     faults = [f"{name} is missing" for name in sorted(manifest.files.keys() - on_disk)]
     faults += [f"{name} was added" for name in sorted(on_disk - manifest.files.keys())]

@@ -117,7 +117,9 @@ def digest_of_folder(path: Path) -> str:
 def _from_hub(reference: str) -> tuple[Path, str]:
     repository, _, revision = reference.removeprefix(HUB_SCHEME).partition("@")
     if not re.fullmatch(r"[\w.\-]+/[\w.\-]+", repository):
-        raise ModelError(f"base model '{reference}' is not of the form {HUB_SCHEME}org/name@revision")
+        raise ModelError(
+            f"base model '{reference}' is not of the form {HUB_SCHEME}org/name@revision"
+        )
     if not _COMMIT.fullmatch(revision):
         raise ModelError(
             f"base model '{reference}': revision '{revision}' is not pinned: give the full "

@@ -25,6 +25,11 @@ def tick(text: str) -> None:
     print(f"{TICK_PREFIX}{text}", flush=True)
 
 
+def minutes(seconds: float) -> str:
+    """`m:ss`."""
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
 def record(**values: str | float) -> None:
     """Figures of a finished step, one JSON object, for the process that started it."""
     print(f"{RECORD_PREFIX}{json.dumps(values)}", flush=True)

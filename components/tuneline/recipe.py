@@ -35,11 +35,11 @@ class DataSection(Settings):
     """JSON-lines files with `messages`, or `demo:train`."""
     test: tuple[str, ...] = ()
     """Files used as the test split; without them it is taken from `train` by content hash."""
-    validation_fraction: float = Field(0.1, ge=0, lt=1)
+    validation_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of `train` rows held out to watch overfitting."""
-    test_fraction: float = Field(0.1, ge=0, lt=1)
+    test_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of `train` rows held out for evaluation; not used when `test` is given."""
-    max_seq_len: int = Field(1024, ge=8)
+    max_seq_len: int = Field(default=1024, ge=8)
     """Longest row in tokens; longer rows are dropped and counted."""
 
     @field_validator("train", "test", mode="before")
@@ -51,36 +51,36 @@ class DataSection(Settings):
 class TrainingSection(Settings):
     """The training loop."""
 
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0)
     """Passes over the training rows; fractions are allowed."""
-    learning_rate: float = Field(2e-4, gt=0, lt=10)
+    learning_rate: float = Field(default=2e-4, gt=0, lt=10)
     """Peak learning rate of AdamW."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Of the learning rate after warm-up."""
-    warmup_fraction: float = Field(0.1, ge=0, lt=1)
+    warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of the optimizer steps in which the learning rate rises from 0."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Of AdamW."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this L2 norm."""
-    batch_tokens: int = Field(4096, ge=8)
+    batch_tokens: int = Field(default=4096, ge=8)
     """Most tokens in one micro-batch, padding included; rows of like length go together."""
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Micro-batches per optimizer step; the loss is the mean over all their supervised tokens."""
-    evaluations: int = Field(2, ge=1)
+    evaluations: int = Field(default=2, ge=1)
     """How often the validation loss is measured, evenly spread, the last time at the end."""
-    seed: int = Field(42, ge=0, lt=2**31)
+    seed: int = Field(default=42, ge=0, lt=2**31)
     """Of the initialization, the row order and dropout."""
 
 
 class EvaluationSection(Settings):
     """How base and tuned model are compared on the test split."""
 
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(default=32, ge=1)
     """Prompts generated at once."""
-    max_new_tokens: int | None = Field(None, ge=1)
+    max_new_tokens: int | None = Field(default=None, ge=1)
     """Longest answer; unset: the longest reference plus a quarter."""
-    max_rows: int = Field(1000, ge=1)
+    max_rows: int = Field(default=1000, ge=1)
     """At most this many test rows, the first in the split's order."""
 
 
@@ -89,9 +89,9 @@ class GateSection(Settings):
 
     metric: Literal["exact_match"] = "exact_match"
     """The per-row score that decides."""
-    min_gain: float = Field(0.0, ge=0, le=1)
+    min_gain: float = Field(default=0.0, ge=0, le=1)
     """The lower bound of the 95 % interval of (tuned - base) must be above this."""
-    min_rows: int = Field(100, ge=1)
+    min_rows: int = Field(default=100, ge=1)
     """Fewer test rows refuse the promotion."""
 
 
@@ -100,7 +100,7 @@ class RegistrySection(Settings):
 
     model_name: str = Field(pattern=r"^[A-Za-z0-9_.\- ]+$")
     """Name of the registered model in MLflow."""
-    experiment: str = Field("tuneline", min_length=1)
+    experiment: str = Field(default="tuneline", min_length=1)
     """MLflow experiment of the run."""
 
 
@@ -167,7 +167,9 @@ def read(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise RecipeError(str(path), ["no such file; examples/ has recipes to start from"]) from error
+        raise RecipeError(
+            str(path), ["no such file; examples/ has recipes to start from"]
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(str(path), [f"can't be read: {error}"]) from error
     except yaml.YAMLError as error:

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from tuneline import recipe
-from tuneline.errors import EXIT_TERMINATED, Terminated, TunelineError
+from tuneline.errors import EXIT_FAILED, EXIT_TERMINATED, Terminated, TunelineError
 from tuneline.progress import complain, record, report
 from tuneline.tracking import Step, finish_run, tracked
 
@@ -40,6 +40,9 @@ def guard(step: Callable[..., T], **arguments: Any) -> T:
     except TunelineError as error:
         complain(str(error))
         sys.exit(error.exit_code)
+    except OSError as error:  # disk full, no permission, a file that went away
+        complain(f"{step.__name__}: {error}")
+        sys.exit(EXIT_FAILED)
     except Terminated:
         complain(f"{step.__name__} was stopped by SIGTERM; nothing was written, run it again")
         sys.exit(EXIT_TERMINATED)
@@ -62,9 +65,7 @@ def _quiet_libraries() -> None:
 
 
 @contextmanager
-def _step(
-    task: str, run_id: str, experiment: str, imports: tuple[str, ...] = ()
-) -> Iterator[Step]:
+def _step(task: str, run_id: str, experiment: str, imports: tuple[str, ...] = ()) -> Iterator[Step]:
     report(f"== {task}")
     _quiet_libraries()
     for module in imports:
@@ -84,7 +85,7 @@ def check_recipe(
     """Check the whole recipe before anything asks for an accelerator; returns it resolved."""
     with _step("check_recipe", run_id, experiment) as step:
         resolved = recipe.resolve({"model": {"base_model": base_model}, **sections})
-        values = resolved.model_dump(mode="json")
+        values = resolved.model_dump(mode="json", exclude_none=True)
         step.log_params({section: values[section] for section in recipe.SECTIONS})
         return values
 
@@ -113,7 +114,6 @@ def finetune(
     experiment: str = "",
 ) -> None:
     """A PreparedDataset to an Adapter."""
-    from tuneline import artifacts
     from tuneline.finetune.train import finetune as train
 
     settings = recipe.method_settings(method)
@@ -123,7 +123,7 @@ def finetune(
         adapter = train(base_model, Path(dataset), settings, section, Path(output), step)
         digest = adapter.manifest.inputs["prepared_dataset"]
         step.log_dataset("train", digest, "training")
-        step.log_file(artifacts.load(adapter.path, "adapter").path / "history.jsonl")
+        step.log_folder(adapter.path, "adapter")
 
 
 def evaluate(
@@ -171,6 +171,7 @@ def register(
     """A MergedModel and its EvalReport to a registered version; returns its number."""
     from tuneline.register.register import register as register_version
 
+    recipe.check(recipe.RegistrySection, {"model_name": model_name}, source="registry")
     with _step("register", run_id, experiment, ("mlflow",)) as step:
         return register_version(Path(model), Path(eval_report), model_name, run_id, step)
 
@@ -183,5 +184,5 @@ def promote(model_name: str, version: int, run_id: str = "", experiment: str = "
         promotion = promote_version(model_name, version)
         step.log_params({"alias": promotion.alias, "reason": promotion.reason})
     if run_id:
-        finish_run(run_id, experiment, "FINISHED")
+        finish_run(run_id, experiment)
     return promotion.alias

@@ -45,6 +45,10 @@ class Step(Protocol):
         """A small file to keep with the run."""
         ...
 
+    def log_folder(self, path: Path, name: str) -> None:
+        """A folder of some MB to keep with the run, under its own name."""
+        ...
+
     def log_dataset(self, name: str, digest: str, context: str) -> None:
         """Which data the step read."""
         ...
@@ -60,6 +64,9 @@ class Untracked:
         """Do nothing."""
 
     def log_file(self, path: Path) -> None:
+        """Do nothing."""
+
+    def log_folder(self, path: Path, name: str) -> None:
         """Do nothing."""
 
     def log_dataset(self, name: str, digest: str, context: str) -> None:
@@ -104,6 +111,10 @@ class TrackedStep:
     def log_file(self, path: Path) -> None:
         """Upload a small file."""
         self.client.log_artifact(self.run_id, str(path))
+
+    def log_folder(self, path: Path, name: str) -> None:
+        """Upload a folder of some MB."""
+        self.client.log_artifacts(self.run_id, str(path), name)
 
     def log_dataset(self, name: str, digest: str, context: str) -> None:
         """Data set lineage: its name and digest, and whether it was for training or evaluation."""
@@ -163,34 +174,52 @@ def tracked(run_id: str, task: str, *, experiment: str) -> Iterator[Step]:
 
     client = open_client()
     try:
-        step_run_id, ours = _run_of_step(client, run_id, task, experiment)
+        step_run_id, parent = _run_of_step(client, run_id, task, experiment)
     except MlflowException as error:
         raise RegistryError(f"MLflow at {_safe_uri()}: {error.message}") from error
     status = "FAILED"
     try:
         yield TrackedStep(client, step_run_id)
         status = "FINISHED"
+    except MlflowException as error:
+        raise RegistryError(f"MLflow at {_safe_uri()}: {error.message}") from error
     finally:
-        if ours:
-            client.set_terminated(step_run_id, status)
+        if parent:
+            _end_runs(
+                client, [step_run_id] if status == "FINISHED" else [step_run_id, parent], status
+            )
 
 
-def finish_run(run_id: str, experiment: str, status: str) -> str:
-    """End the parent run; returns its MLflow run id."""
+def _end_runs(client: MlflowClient, runs: list[str], status: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        for run in runs:
+            client.set_terminated(run, status)
+    except MlflowException as error:
+        # a step that ends well must be recorded; one that fails has its own error to tell
+        if status == "FINISHED":
+            raise RegistryError(f"MLflow at {_safe_uri()}: {error.message}") from error
+
+
+def finish_run(run_id: str, experiment: str) -> None:
+    """End the parent run well; where KFP's plugin made it, the plugin ends it."""
+    if os.environ.get("MLFLOW_RUN_ID"):
+        return
     client = open_client()
     parent = _find_or_create(client, _experiment_id(client, experiment), run_id, None, None)
-    client.set_terminated(parent, status)
-    return parent
+    _end_runs(client, [parent], "FINISHED")
 
 
 def _run_of_step(
     client: MlflowClient, run_id: str, task: str, experiment: str
-) -> tuple[str, bool]:
+) -> tuple[str, str | None]:
     if injected := os.environ.get("MLFLOW_RUN_ID"):
-        return injected, False
+        return injected, None
     experiment_id = _experiment_id(client, experiment)
     parent = _find_or_create(client, experiment_id, run_id, None, None)
-    return _find_or_create(client, experiment_id, run_id, task, parent), True
+    client.update_run(parent, "RUNNING")  # an earlier try may have failed it
+    return _find_or_create(client, experiment_id, run_id, task, parent), parent
 
 
 def _experiment_id(client: MlflowClient, name: str) -> str:

@@ -21,8 +21,8 @@ from types import FrameType
 from typing import Any
 
 from tuneline import __version__
-from tuneline.errors import EXIT_TERMINATED, Terminated, TunelineError, UsageError
-from tuneline.progress import complain
+from tuneline.errors import EXIT_FAILED, EXIT_TERMINATED, Terminated, TunelineError, UsageError
+from tuneline.progress import complain, minutes
 
 _EXIT_INTERRUPTED = 130
 
@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TunelineError as error:
         complain(str(error))
         return error.exit_code
+    except OSError as error:  # disk full, no permission, a file that went away
+        complain(str(error))
+        return EXIT_FAILED
     except Terminated:
         complain("stopped by SIGTERM; run the command again")
         return EXIT_TERMINATED
@@ -64,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_merge(commands)
     _add_register(commands)
     _add_promote(commands)
+    _add_fetch_model(commands)
     _add_compile(commands)
     _add_schema(commands)
     return parser
@@ -117,14 +121,14 @@ def final_table(summary: dict[str, Any]) -> str:
     version = f"{summary['model_name']} version {summary['registered_version']}"
     refused = "; ".join(summary["gate"]["reasons"])
     rows = [
-        ("base score", f"{summary['base_exact_match']:.3f}"),
-        ("tuned score", f"{summary['tuned_exact_match']:.3f}   (95 % interval {low:.3f} to {high:.3f}, "
-                        f"{summary['test_rows']} rows)"),
+        ("base score", f"{summary['base_exact_match']:.3f}   ({summary['test_rows']} test rows)"),
+        ("tuned score", f"{summary['tuned_exact_match']:.3f}   "
+                        f"(95 % interval {low:.3f} to {high:.3f})"),
         ("registered", f"{version}, alias {summary['alias']}" if summary["alias"]
                        else f"{version}, not promoted: {refused}"),
         ("merge proof", f"largest logit difference {summary['merge_max_logit_diff']:.1e}, top-1 "
                         f"agreement {summary['merge_top1_agreement']:.4f}"),
-        ("time, memory", f"{_minutes(summary['wall_seconds'])} min, peak "
+        ("time, memory", f"{minutes(summary['wall_seconds'])} min, peak "
                          f"{summary['peak_memory_bytes'] / 1e9:.1f} GB"),
         ("report", summary["report_html"]),
         ("adapter", summary["adapter_dir"]),
@@ -148,10 +152,6 @@ def final_table(summary: dict[str, Any]) -> str:
 def _quoted(label: str, text: str) -> list[str]:
     flat = " ".join(text.split()) or "(nothing)"
     return [f"  {label:<10}{textwrap.shorten(flat, 110, placeholder=' ...')}"]
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
 def _add_prepare(commands: Any) -> None:
@@ -287,6 +287,20 @@ def _promote(options: argparse.Namespace) -> int:
 
     _use_tracking_uri(options)
     steps.promote(options.name, options.version)
+    return 0
+
+
+def _add_fetch_model(commands: Any) -> None:
+    fetch = commands.add_parser("fetch-model", help="bring a base model into the cache")
+    fetch.add_argument("base_model", metavar="M", help=_BASE_MODEL["help"])
+    fetch.set_defaults(command=_fetch_model)
+
+
+def _fetch_model(options: argparse.Namespace) -> int:
+    from tuneline import base_model
+
+    found = base_model.resolve(options.base_model)
+    print(f"{found.path}\n{found.digest}")
     return 0
 
 

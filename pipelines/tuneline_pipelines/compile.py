@@ -15,10 +15,10 @@ def compile_pipelines(out: Path) -> list[Path]:
     """
     from kfp.compiler import Compiler
 
-    from tuneline_pipelines.finetune import finetune
+    from tuneline_pipelines import finetune, resources
 
     written = []
-    for pipeline in (finetune,):
+    for pipeline in (finetune.build(resources.on_cluster),):
         path = out / f"{pipeline.name}.yaml"
         aside = out / f"{pipeline.name}.partial.yaml"
         try:

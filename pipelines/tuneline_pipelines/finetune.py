@@ -1,19 +1,22 @@
-"""The pipeline `finetune`: raw rows to a promoted model, compiled for the cluster or run locally."""
+"""The pipeline `finetune`: raw rows to a promoted model, compiled for the cluster or run locally.
 
+One function for both; the only difference is how its tasks are placed.
+"""
+
+# KFP types a component as the plain function that it decorates
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportOptionalMemberAccess=false
 from typing import NamedTuple
 
-from kfp import dsl, kubernetes
+from kfp import dsl
+
 from tuneline.component import check_recipe
 from tuneline.data_prep.component import prepare_data
 from tuneline.evaluate.component import evaluate
 from tuneline.finetune.component import finetune_lora
 from tuneline.merge.component import merge
 from tuneline.register.component import promote, register
-
-# A spot pod can be reclaimed long after a step began: the backoff's clock starts with the first
-# attempt, and its default of one hour would end the retries of every longer step.
-_RETRIES = 3
-_BACKOFF_MAX_DURATION = "604800s"
+from tuneline_pipelines.resources import Place
 
 
 class Outputs(NamedTuple):
@@ -26,106 +29,97 @@ class Outputs(NamedTuple):
     alias: str
 
 
-@dsl.pipeline(
-    name="finetune",
-    description="Prepare data, fine-tune with LoRA, evaluate base against tuned, merge, register, "
-    "promote if the gate passes.",
-)
-def finetune(
-    base_model: str,
-    data: dict,
-    registry: dict,
-    rank: int = 8,
-    alpha: float = 16.0,
-    dropout: float = 0.0,
-    target_modules: list = ["q_proj", "v_proj"],  # noqa: B006  KFP reads defaults into the spec
-    layers: list = [],  # noqa: B006
-    training: dict = {},  # noqa: B006
-    evaluation: dict = {},  # noqa: B006
-    gate: dict = {},  # noqa: B006
-    experiment: str = "tuneline",
-) -> Outputs:
-    """The parameters are the sections of a recipe; the method's hyperparameters are typed."""
-    run_id = dsl.PIPELINE_JOB_ID_PLACEHOLDER
-    method = {
-        "rank": rank,
-        "alpha": alpha,
-        "dropout": dropout,
-        "target_modules": target_modules,
-        "layers": layers,
-    }
-    checked = check_recipe(
-        run_id=run_id,
-        base_model=base_model,
-        data=data,
-        method="lora",
-        **method,
-        training=training,
-        evaluation=evaluation,
-        gate=gate,
-        registry=registry,
-        experiment=experiment,
+def build(place: Place) -> dsl.base_component.BaseComponent:
+    """The pipeline with each task placed by `place`."""
+
+    @dsl.pipeline(
+        name="finetune",
+        description="Prepare data, fine-tune with LoRA, evaluate base against tuned, merge, "
+        "register, promote if the gate passes.",
     )
-    prepared = prepare_data(
-        run_id=run_id, experiment=experiment, base_model=base_model, data=data
-    ).after(checked)
-    tuned = finetune_lora(
-        run_id=run_id,
-        experiment=experiment,
-        base_model=base_model,
-        dataset=prepared.outputs["dataset"],
-        **method,
-        training=training,
-    )
-    evaluated = evaluate(
-        run_id=run_id,
-        experiment=experiment,
-        base_model=base_model,
-        adapter=tuned.outputs["adapter"],
-        dataset=prepared.outputs["dataset"],
-        evaluation=evaluation,
-        gate=gate,
-    )
-    # merging waits for the evaluation: a model is never registered before it is evaluated
-    merged = merge(
-        run_id=run_id,
-        experiment=experiment,
-        base_model=base_model,
-        adapter=tuned.outputs["adapter"],
-    ).after(evaluated)
-    registered = register(
-        run_id=run_id,
-        experiment=experiment,
-        model=merged.outputs["model"],
-        eval_report=evaluated.outputs["eval_report"],
-        registry=registry,
-    )
-    promoted = promote(
-        run_id=run_id, experiment=experiment, registry=registry, version=registered.output
-    )
-    for task in (checked, prepared, tuned, evaluated, merged, registered, promoted):
-        task.set_retry(
-            num_retries=_RETRIES,
-            backoff_duration="30s",
-            backoff_factor=2.0,
-            backoff_max_duration=_BACKOFF_MAX_DURATION,
+    def finetune(
+        base_model: str,
+        data: dict,
+        registry: dict,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        target_modules: list = ["q_proj", "v_proj"],  # noqa: B006  KFP reads defaults into the spec
+        layers: list = [],  # noqa: B006
+        training: dict = {},  # noqa: B006
+        evaluation: dict = {},  # noqa: B006
+        gate: dict = {},  # noqa: B006
+        experiment: str = "tuneline",
+    ) -> Outputs:
+        """The parameters are the sections of a recipe; the method's hyperparameters are typed."""
+        run_id = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+        method = {
+            "rank": rank,
+            "alpha": alpha,
+            "dropout": dropout,
+            "target_modules": target_modules,
+            "layers": layers,
+        }
+        checked = check_recipe(
+            run_id=run_id,
+            base_model=base_model,
+            data=data,
+            method="lora",
+            **method,
+            training=training,
+            evaluation=evaluation,
+            gate=gate,
+            registry=registry,
+            experiment=experiment,
         )
-        kubernetes.use_config_map_as_env(
-            task, "tuneline", {"mlflow_tracking_uri": "MLFLOW_TRACKING_URI"}
+        prepared = prepare_data(
+            run_id=run_id, experiment=experiment, base_model=base_model, data=data
+        ).after(checked)
+        tuned = finetune_lora(
+            run_id=run_id,
+            experiment=experiment,
+            base_model=base_model,
+            dataset=prepared.outputs["dataset"],
+            **method,
+            training=training,
         )
-        kubernetes.use_secret_as_env(
-            task,
-            "tuneline-mlflow",
-            {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD"},
-            optional=True,
+        evaluated = evaluate(
+            run_id=run_id,
+            experiment=experiment,
+            base_model=base_model,
+            adapter=tuned.outputs["adapter"],
+            dataset=prepared.outputs["dataset"],
+            evaluation=evaluation,
+            gate=gate,
         )
-    for writer in (checked, registered, promoted):
-        # a cache hit would leave this run without its entry in the registry or its run tree
-        writer.set_caching_options(False)
-    return Outputs(
-        adapter=tuned.outputs["adapter"],
-        model=merged.outputs["model"],
-        eval_report=evaluated.outputs["eval_report"],
-        version=registered.output,
-        alias=promoted.output,
-    )
+        # merging waits for the evaluation: a model is never registered before it is evaluated
+        merged = merge(
+            run_id=run_id,
+            experiment=experiment,
+            base_model=base_model,
+            adapter=tuned.outputs["adapter"],
+        ).after(evaluated)
+        registered = register(
+            run_id=run_id,
+            experiment=experiment,
+            model=merged.outputs["model"],
+            eval_report=evaluated.outputs["eval_report"],
+            registry=registry,
+        )
+        promoted = promote(
+            run_id=run_id, experiment=experiment, registry=registry, version=registered.output
+        )
+        for task in (checked, prepared, tuned, evaluated, merged, registered, promoted):
+            place(task)
+        for writer in (checked, registered, promoted):
+            # a cache hit would leave this run without its entry in the registry or its run tree
+            writer.set_caching_options(False)
+        return Outputs(
+            adapter=tuned.outputs["adapter"],
+            model=merged.outputs["model"],
+            eval_report=evaluated.outputs["eval_report"],
+            version=registered.output,
+            alias=promoted.output,
+        )
+
+    return finetune

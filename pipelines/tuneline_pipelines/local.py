@@ -103,7 +103,8 @@ def run_recipe(recipe: Recipe, workdir: Path, *, quiet: bool = False) -> dict[st
         log = (workdir / "run.log").open("w", encoding="utf-8")
     except OSError as error:
         raise UsageError(
-            f"work folder {workdir} can't be written ({error.strerror}): name another with --workdir"
+            f"work folder {workdir} can't be written ({error.strerror}): "
+            "name another with --workdir"
         ) from error
     _track_locally(workdir)
     with log, _children_stop_with_us():
@@ -127,14 +128,13 @@ def _track_locally(workdir: Path) -> None:
 def _run(recipe: Recipe, workdir: Path, console: Console) -> dict[str, Any]:
     from kfp import local
 
-    from tuneline_pipelines.finetune import finetune
+    from tuneline_pipelines import finetune, resources
 
-    local.init(
-        runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(workdir / "kfp")
-    )
+    local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(workdir / "kfp"))
     try:
         with contextlib.redirect_stdout(console):
-            task = finetune(**pipeline_arguments(recipe))
+            pipeline = finetune.build(resources.on_this_machine)
+            task = pipeline(**pipeline_arguments(recipe))
     except RuntimeError as error:
         sentence = console.last_error or str(error)
         raise TunelineError(f"{sentence}\n(full output: {workdir / 'run.log'})") from error
@@ -145,7 +145,7 @@ def _run(recipe: Recipe, workdir: Path, console: Console) -> dict[str, Any]:
 
 def pipeline_arguments(recipe: Recipe) -> dict[str, Any]:
     """The recipe as parameters of the pipeline."""
-    values = recipe.model_dump(mode="json")
+    values = recipe.model_dump(mode="json", exclude_none=True)  # KFP has no null in a dict
     method = values["method"]
     registry = values["registry"]
     return {

@@ -51,9 +51,13 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if not tokenizer.is_fast:
-        raise DataError(f"the tokenizer of {path} gives no character offsets: tokenizer.json is needed")
+        raise DataError(
+            f"the tokenizer of {path} gives no character offsets: tokenizer.json is needed"
+        )
     if not tokenizer.chat_template:
-        raise DataError(f"the tokenizer of {path} has no chat template: an instruct model is needed")
+        raise DataError(
+            f"the tokenizer of {path} has no chat template: an instruct model is needed"
+        )
     if tokenizer.eos_token is None:
         raise DataError(f"the tokenizer of {path} has no end-of-sequence token")
     return tokenizer

@@ -50,7 +50,9 @@ class Contract:
     in_test_dropped: int = 0
     """Training rows whose prompt is also in the test split."""
     too_long_dropped: int = 0
-    splits: dict[str, SplitCounts] = field(default_factory=lambda: {s: SplitCounts() for s in SPLITS})
+    splits: dict[str, SplitCounts] = field(
+        default_factory=lambda: {s: SplitCounts() for s in SPLITS}
+    )
 
 
 def prepare(model_reference: str, data: DataSection, output: Path) -> Artifact:
@@ -96,22 +98,22 @@ def _rows(
     tokenizer: Any, data: DataSection, contract: Contract
 ) -> Iterator[tuple[Split, Record, chat.Rendered, chat.Tokens]]:
     test_prompts: set[bytes] = set()
+    seen: dict[bool, set[bytes]] = {True: set(), False: set()}
     # the named test files come first, so that training rows can be checked against them
     for source, is_test in [(s, True) for s in data.test] + [(s, False) for s in data.train]:
-        seen: set[bytes] = set()
         records = read_records(source)
         while batch := list(islice(records, _BATCH_ROWS)):
             contract.rows_in += len(batch)
             kept = []
             for record in batch:
                 content = _digest(record.messages)
-                prompt = _digest(record.messages[:-1])
-                if content in seen:
+                prompt = _digest(record.messages[:-1] or record.messages)
+                if content in seen[is_test]:
                     contract.duplicates_dropped += 1
                 elif not is_test and prompt in test_prompts:
                     contract.in_test_dropped += 1
                 else:
-                    seen.add(content)
+                    seen[is_test].add(content)
                     if is_test:
                         test_prompts.add(prompt)
                     kept.append((_split_of(prompt, data, is_test), record))

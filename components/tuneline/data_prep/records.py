@@ -11,7 +11,7 @@ from typing import Any
 from tuneline.errors import DataError
 
 ROLES = ("system", "user", "assistant")
-DEMO_SOURCES = {"demo:train": ("TRAIN", 680, 1), "demo:test": ("TEST", 120, 2)}
+DEMO_SOURCES = {"demo:train": ("TRAIN", 660, 1), "demo:test": ("TEST", 100, 2)}
 """Source name -> vocabulary, rows, seed of the generator."""
 
 
@@ -50,7 +50,9 @@ def read_records(source: str) -> Iterator[Record]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            yield parse_record(_parse_line(line, f"{source} line {number}"), f"{source} line {number}")
+            yield parse_record(
+                _parse_line(line, f"{source} line {number}"), f"{source} line {number}"
+            )
             count += 1
     if not count:
         raise DataError(f"data file {source} is empty: it needs one JSON object a line")
@@ -60,7 +62,9 @@ def _parse_line(line: bytes, where: str) -> Any:
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 (byte {error.start}): save the file as UTF-8") from error
+        raise DataError(
+            f"{where}: not UTF-8 (byte {error.start}): save the file as UTF-8"
+        ) from error
     except ValueError as error:
         raise DataError(f"{where}: malformed JSON: {error}") from error
 
@@ -80,8 +84,10 @@ def parse_record(value: Any, where: str) -> Record:
         )
     parsed = tuple(_parse_message(m, f"{where}, message {n}") for n, m in enumerate(messages, 1))
     if parsed[-1]["role"] != "assistant":
-        raise DataError(f"{where}: no answer: the last message is from {parsed[-1]['role']}, "
-                        "it must be the assistant's")
+        raise DataError(
+            f"{where}: no answer: the last message is from {parsed[-1]['role']}, "
+            "it must be the assistant's"
+        )
     for number, message in enumerate(parsed, 1):
         if message["role"] == "assistant" and not message["content"].strip():
             raise DataError(f"{where}, message {number}: the assistant's answer is empty")

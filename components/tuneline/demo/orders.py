@@ -62,9 +62,22 @@ TRAIN: Final = Vocabulary(
         "cheap spare folding striped thick thin paper cotton garden kitchen office".split()
     ),
     openers=(
-        "Hi team,", "Note:", "Update:", "FYI,", "Hello,", "Just in:", "From the phone:",
-        "As agreed,", "Hey,", "Reminder:", "New request:", "Morning all,", "For the record,",
-        "Good news,", "Dear sales,", "Message from the shop:",
+        "Hi team,",
+        "Note:",
+        "Update:",
+        "FYI,",
+        "Hello,",
+        "Just in:",
+        "From the phone:",
+        "As agreed,",
+        "Hey,",
+        "Reminder:",
+        "New request:",
+        "Morning all,",
+        "For the record,",
+        "Good news,",
+        "Dear sales,",
+        "Message from the shop:",
     ),
     orders=(
         "{name} wants {quantity} {item}",
@@ -97,9 +110,17 @@ TRAIN: Final = Vocabulary(
         "it is {name} who needs the {item}, {quantity} in total",
     ),
     asides=(
-        "The invoice is paid.", "Call first.", "Same address as always.", "Thanks!",
-        "It is a gift.", "No rush.", "Deliver on Friday.", "Needed by Monday.",
-        "Use the big van.", "They were very friendly.", "Keep the receipt.",
+        "The invoice is paid.",
+        "Call first.",
+        "Same address as always.",
+        "Thanks!",
+        "It is a gift.",
+        "No rush.",
+        "Deliver on Friday.",
+        "Needed by Monday.",
+        "Use the big van.",
+        "They were very friendly.",
+        "Keep the receipt.",
     ),
 )
 
@@ -113,10 +134,17 @@ TEST: Final = Vocabulary(
         "microscopes balloons pumpkins mushrooms waffles trumpets whistles telescopes "
         "calculators padlocks".split()
     ),
-    adjectives=tuple("copper golden leather glass antique purple tiny vintage ceramic silk".split()),
+    adjectives=tuple(
+        "copper golden leather glass antique purple tiny vintage ceramic silk".split()
+    ),
     openers=(
-        "Good afternoon,", "Heads up:", "Quick question,", "To whom it may concern,",
-        "Voicemail:", "Greetings,", "Okay,",
+        "Good afternoon,",
+        "Heads up:",
+        "Quick question,",
+        "To whom it may concern,",
+        "Voicemail:",
+        "Greetings,",
+        "Okay,",
     ),
     orders=(
         "could you book {name} in for {quantity} {item}",
@@ -133,8 +161,12 @@ TEST: Final = Vocabulary(
         "make sure {name} receives {quantity} {item}",
     ),
     asides=(
-        "Much appreciated.", "Mind the fragile parts.", "Payment was received.",
-        "Ring the doorbell.", "Please double check.", "Thursday works best.",
+        "Much appreciated.",
+        "Mind the fragile parts.",
+        "Payment was received.",
+        "Ring the doorbell.",
+        "Please double check.",
+        "Thursday works best.",
     ),
 )
 

@@ -13,7 +13,7 @@ from tuneline.artifacts import Artifact
 from tuneline.data_prep.prepare import CONTRACT, TEST_ROWS
 from tuneline.errors import ArtifactError
 from tuneline.evaluate.report import render_report
-from tuneline.progress import report, tick
+from tuneline.progress import minutes, report, tick
 from tuneline.recipe import EvaluationSection, GateSection
 from tuneline.tracking import Step
 
@@ -87,7 +87,9 @@ def evaluate(
         f"tuned {result['tuned']:.3f} (95 % interval {low:.3f} to {high:.3f})"
     )
     verdict = result["verdict"]
-    report(f"gate: {'passed' if verdict['passed'] else 'refused: ' + '; '.join(verdict['reasons'])}")
+    report(
+        f"gate: {'passed' if verdict['passed'] else 'refused: ' + '; '.join(verdict['reasons'])}"
+    )
     return artifacts.load(output, "eval_report")
 
 
@@ -100,8 +102,9 @@ def check_lineage(adapter: Artifact, base: base_model.BaseModel, dataset: Artifa
     trained_on = adapter.manifest.base_model
     if trained_on["digest"] != base.digest:
         raise ArtifactError(
-            f"{adapter.path} was trained on {trained_on['reference']} ({trained_on['digest'][:19]}), "
-            f"not on {base.reference} ({base.digest[:19]}): give the base it was trained on"
+            f"{adapter.path} was trained on {trained_on['reference']} "
+            f"({trained_on['digest'][:19]}), not on {base.reference} "
+            f"({base.digest[:19]}): give the base it was trained on"
         )
     if dataset is not None and adapter.manifest.inputs["prepared_dataset"] != dataset.digest:
         raise ArtifactError(
@@ -127,7 +130,7 @@ def _answer(
 
         def progress(done: int, total: int, seconds: float, name: str = name) -> None:
             left = seconds / done * (total - done)
-            tick(f"{name}: {done}/{total} answers  ETA {left / 60:.0f}:{left % 60:02.0f}")
+            tick(f"{name}: {done}/{total} answers  ETA {minutes(left)}")
 
         with context():
             answers[name] = generate_answers(

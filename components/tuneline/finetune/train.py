@@ -191,7 +191,9 @@ def _evaluate_at_end(trainer: Any, steps: int) -> None:
 def _save(model: PeftModel, base: BaseModel, output: Path) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not bool(parameter.isfinite().all()):
-            raise TrainingError(f"{name} is not finite after training: lower training.learning_rate")
+            raise TrainingError(
+                f"{name} is not finite after training: lower training.learning_rate"
+            )
     # the base's place on this machine says nothing elsewhere
     for config in model.peft_config.values():
         config.base_model_name_or_path = base.reference.removeprefix(HUB_SCHEME).partition("@")[0]

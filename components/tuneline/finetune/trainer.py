@@ -20,7 +20,7 @@ from transformers import (
 
 from tuneline.errors import TrainingError
 from tuneline.finetune.loss import held_out_loss, supervised_nll
-from tuneline.progress import report, tick
+from tuneline.progress import minutes, report, tick
 from tuneline.tracking import Step
 
 
@@ -70,7 +70,7 @@ class SupervisedTrainer(Trainer):
         nll, tokens = supervised_nll(model, inputs)
         if not math.isfinite(float(nll.detach())):
             raise TrainingError(
-                f"the loss is {float(nll)} at step {self.state.global_step + 1}: lower "
+                f"the loss is {float(nll.detach())} at step {self.state.global_step + 1}: lower "
                 "training.learning_rate or training.max_grad_norm"
             )
         self.tokens_seen += int(inputs["attention_mask"].sum())
@@ -127,7 +127,7 @@ class ProgressCallback(TrainerCallback):
             left = elapsed / max(state.global_step, 1) * (state.max_steps - state.global_step)
             tick(
                 f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  "
-                f"{state.global_step / elapsed:.2f} steps/s  ETA {left / 60:.0f}:{left % 60:02.0f}"
+                f"{state.global_step / elapsed:.2f} steps/s  ETA {minutes(left)}"
             )
             self._step.log_metrics(
                 {

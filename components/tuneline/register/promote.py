@@ -77,7 +77,7 @@ def check_loads(client: MlflowClient, version: ModelVersion) -> None:
     Raises:
         RegistryError: it does not hold.
     """
-    import mlflow
+    import mlflow.artifacts
     import torch
 
     from tuneline.errors import ArtifactError

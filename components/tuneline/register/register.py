@@ -28,9 +28,7 @@ CHALLENGER: Final = "challenger"
 _REQUIREMENTS: Final = ("torch", "transformers", "safetensors", "tokenizers", "accelerate")
 
 
-def register(
-    model_dir: Path, report_dir: Path, model_name: str, run_id: str, step: object
-) -> int:
+def register(model_dir: Path, report_dir: Path, model_name: str, run_id: str, step: object) -> int:
     """Register once per pipeline run and content, however often the step is retried.
 
     Args:

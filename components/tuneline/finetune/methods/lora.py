@@ -35,13 +35,13 @@ class LoraSettings(Settings):
     """Hyperparameters of LoRA."""
 
     name: Literal["lora"] = "lora"
-    rank: int = Field(8, ge=1, le=1024)
+    rank: int = Field(default=8, ge=1, le=1024)
     """Rank of the change; trainable parameters grow with it linearly."""
-    alpha: float = Field(16.0, gt=0)
+    alpha: float = Field(default=16.0, gt=0)
     """The change is scaled by alpha / rank."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability of zeroing an input element of the low-rank branch while training."""
-    target_modules: tuple[str, ...] = Field(_PUBLISHED_TARGETS, min_length=1)
+    target_modules: tuple[str, ...] = Field(default=_PUBLISHED_TARGETS, min_length=1)
     """Names of the linear modules to adapt, or ["all-linear"] for each one but the output layer."""
     layers: tuple[int, ...] = ()
     """[first, end) of the blocks to adapt, all when empty. Blocks below the first keep no

@@ -1,0 +1,47 @@
+"""What a step needs around it: retries, environment, later pools and accelerators.
+
+A cluster loses pods for reasons that a second attempt cures. A laptop does not, and there a
+stated error must end the run at once: so retries belong to the cluster's placement only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from kfp import kubernetes
+from kfp.dsl import PipelineTask
+
+RETRIES = 3
+BACKOFF_MAX_DURATION = "604800s"
+"""A spot pod can be reclaimed long after a step began. The backoff's clock starts with the first
+attempt, and its default of one hour would end the retries of every longer step."""
+
+
+class Place(Protocol):
+    """Gives a task of a pipeline what it needs."""
+
+    def __call__(self, task: PipelineTask) -> None: ...
+
+
+def on_cluster(task: Any) -> None:
+    """Retries, and the MLflow server of the namespace's config map and secret `tuneline*`."""
+    task.set_retry(
+        num_retries=RETRIES,
+        backoff_duration="30s",
+        backoff_factor=2.0,
+        backoff_max_duration=BACKOFF_MAX_DURATION,
+    )
+    kubernetes.use_config_map_as_env(
+        task, "tuneline", {"mlflow_tracking_uri": "MLFLOW_TRACKING_URI"}
+    )
+    kubernetes.use_secret_as_env(
+        task,
+        "tuneline-mlflow",
+        {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD"},
+        optional=True,
+    )
+
+
+def on_this_machine(task: Any) -> None:
+    """A process inherits its environment, and nothing is tried twice."""
+    del task

@@ -1,0 +1,99 @@
+"""The merged weights are what the adapter computes, or the step fails."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tuneline.errors import MergeError
+from tuneline.finetune.methods.lora import LoraSettings, attach, open_merge
+from tuneline.merge.merge import merge_shard, prove
+
+
+@pytest.fixture
+def adapter(tiny_model: Path, tmp_path: Path) -> Path:
+    """A LoRA adapter with random, not zero, B."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    tuned = attach(base, LoraSettings(target_modules=("all-linear",), rank=4))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    tuned.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def merged_folder(tiny_model: Path, adapter: Path, target: Path) -> tuple[Path, set[str]]:
+    shutil.copytree(tiny_model, target)
+    merge_tensor, targets = open_merge(str(adapter))
+    name = "model.safetensors"
+    changed = merge_shard(tiny_model / name, target / name, merge_tensor)
+    assert changed == targets
+    return target, changed
+
+
+def test_merging_equals_pefts_own(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    folder, changed = merged_folder(tiny_model, adapter, tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    reference = PeftModel.from_pretrained(base, adapter).merge_and_unload().state_dict()
+    ours = load_file(folder / "model.safetensors")
+    assert len(changed) == 14
+    for name, tensor in ours.items():
+        # one fp32 matrix product in another order
+        torch.testing.assert_close(tensor, reference[name], rtol=1e-5, atol=1e-6)
+
+
+def test_header_and_untouched_tensors_stay_byte_for_byte(
+    tiny_model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    folder, changed = merged_folder(tiny_model, adapter, tmp_path / "merged")
+    before = (tiny_model / "model.safetensors").read_bytes()
+    after = (folder / "model.safetensors").read_bytes()
+    size = 8 + int.from_bytes(before[:8], "little")
+    assert after[:size] == before[:size] and len(after) == len(before)
+    for name, entry in json.loads(before[8:size]).items():
+        if name != "__metadata__":
+            start, end = (size + offset for offset in entry["data_offsets"])
+            assert (after[start:end] == before[start:end]) == (name not in changed)
+
+
+def test_the_proof_holds_for_a_right_merge_and_catches_a_lost_one(
+    tiny_model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    folder, _ = merged_folder(tiny_model, adapter, tmp_path / "merged")
+    proof = prove(tiny_model, adapter, folder)
+    assert proof.max_logit_diff < 1e-3 and proof.top1_agreement == 1.0
+    with pytest.raises(MergeError, match="the merged model is not the tuned one"):
+        prove(tiny_model, adapter, tiny_model)  # the tuning is lost
+
+
+def test_one_tensor_left_out_is_caught(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    folder, changed = merged_folder(tiny_model, adapter, tmp_path / "merged")
+    weights = load_file(folder / "model.safetensors")
+    name = sorted(changed)[0]
+    weights[name] = load_file(tiny_model / "model.safetensors")[name]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MergeError, match="the merged model is not the tuned one"):
+        prove(tiny_model, adapter, folder)
+
+
+def test_a_base_cut_short_is_an_error(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    whole = (tiny_model / "model.safetensors").read_bytes()
+    (tmp_path / "short.safetensors").write_bytes(whole[:-100])
+    merge_tensor, _ = open_merge(str(adapter))
+    with pytest.raises(MergeError, match="is cut short"):
+        merge_shard(tmp_path / "short.safetensors", tmp_path / "out", merge_tensor)
+
+
+def test_an_adapter_that_needs_more_than_a_low_rank_change_is_refused(adapter: Path) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
+    with pytest.raises(MergeError, match="use_dora=True can't be merged"):
+        open_merge(str(adapter))
