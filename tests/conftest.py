@@ -27,7 +27,8 @@ def own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     """No test writes into the user's cache or talks to the user's MLflow."""
     monkeypatch.setenv("TUNELINE_CACHE", str(tmp_path / "cache"))
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "TUNELINE_MLFLOW_ARTIFACTS"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what a test leaves set is taken back
+        monkeypatch.delenv(name)
     yield
 
 

@@ -29,11 +29,18 @@ class BaseModel:
 
     path: Path
     reference: str
-    """As the recipe names it."""
+    """As the recipe names it; for a local folder its name, without where it lies."""
     revision: str
     """Commit of a hub model, empty for others."""
     digest: str
     """SHA-256 over configuration, weights and tokenizer: what decides the model's output."""
+
+    @property
+    def name(self) -> str:
+        """`org/name` of a hub model, the reference itself for others."""
+        if self.reference.startswith(HUB_SCHEME):
+            return self.reference.removeprefix(HUB_SCHEME).partition("@")[0]
+        return self.reference
 
     def identity(self) -> dict[str, str]:
         """For a manifest; says nothing of where the folder lies."""
@@ -69,6 +76,8 @@ def resolve(reference: str) -> BaseModel:
                 f"{HUB_SCHEME}org/name@revision, or {DEMO}"
             )
     check_folder(path, reference)
+    if reference != DEMO and not revision:
+        reference = path.resolve().name
     return BaseModel(path, reference, revision, digest_of_folder(path))
 
 
@@ -86,11 +95,17 @@ def check_folder(path: Path, reference: str) -> None:
         ) from error
     except (OSError, ValueError) as error:
         raise ModelError(f"base model '{reference}': config.json can't be read: {error}") from error
-    if not any(path.glob("*.safetensors")):
+    if not isinstance(config, dict) or not config.get("architectures"):
+        raise ModelError(
+            f"base model '{reference}': config.json names no architectures: the folder that "
+            "transformers' save_pretrained writes is needed"
+        )
+    names = ("model.safetensors", "model.safetensors.index.json")
+    if not any((path / name).is_file() for name in names):
         pickles = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLE_SUFFIXES)
         found = f" (found {', '.join(pickles)}, which can run code when loaded)" if pickles else ""
         raise ModelError(
-            f"base model '{reference}' has no .safetensors weights{found}: convert it with "
+            f"base model '{reference}' has no model.safetensors or index{found}: convert it with "
             "transformers' save_pretrained on a machine that you trust it on"
         )
     if "auto_map" in config:
@@ -126,7 +141,11 @@ def _from_hub(reference: str) -> tuple[Path, str]:
             "40-digit commit, since a branch or tag can move between two steps of a run"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         path = snapshot_download(
@@ -135,7 +154,7 @@ def _from_hub(reference: str) -> tuple[Path, str]:
             cache_dir=os.environ.get("HF_HUB_CACHE") or cache_dir() / "hub",
             allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*"],
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"base model '{reference}' is neither in the cache nor to be had from the hub: "
             f"{type(error).__name__}: {str(error).splitlines()[0]}"

@@ -11,4 +11,6 @@ class Settings(BaseModel):
     Attribute docstrings become the descriptions in the exported JSON schema.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError
+
 from tuneline import recipe
 from tuneline.errors import EXIT_FAILED, EXIT_TERMINATED, Terminated, TunelineError
 from tuneline.progress import complain, record, report
@@ -40,6 +42,9 @@ def guard(step: Callable[..., T], **arguments: Any) -> T:
     except TunelineError as error:
         complain(str(error))
         sys.exit(error.exit_code)
+    except (SafetensorError, MemoryError) as error:  # safetensors reports a full disk as its own
+        complain(f"{step.__name__}: {error or 'out of memory'}")
+        sys.exit(EXIT_FAILED)
     except OSError as error:  # disk full, no permission, a file that went away
         complain(f"{step.__name__}: {error}")
         sys.exit(EXIT_FAILED)

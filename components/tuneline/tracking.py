@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
+from urllib.parse import urlsplit
 
 from tuneline.errors import RegistryError
 
@@ -89,9 +90,13 @@ class TrackedStep:
         """Settings; a value that was logged by an earlier try of the step is kept."""
         from mlflow.entities import Param
 
+        with mlflow_errors("logging parameters"):
+            self._log_params(params, Param)
+
+    def _log_params(self, params: Mapping[str, Any], param: Any) -> None:
         known = self.client.get_run(self.run_id).data.params
         entries = [
-            Param(PARAM_PREFIX + key, str(value)[:_PARAM_LENGTH])
+            param(PARAM_PREFIX + key, str(value)[:_PARAM_LENGTH])
             for key, value in params.items()
             if PARAM_PREFIX + key not in known
         ]
@@ -104,17 +109,19 @@ class TrackedStep:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self.client.log_batch(
-            self.run_id, metrics=[Metric(key, float(v), now, step) for key, v in metrics.items()]
-        )
+        points = [Metric(key, float(value), now, step) for key, value in metrics.items()]
+        with mlflow_errors("logging metrics"):
+            self.client.log_batch(self.run_id, metrics=points)
 
     def log_file(self, path: Path) -> None:
         """Upload a small file."""
-        self.client.log_artifact(self.run_id, str(path))
+        with mlflow_errors(f"uploading {path.name}"):
+            self.client.log_artifact(self.run_id, str(path))
 
     def log_folder(self, path: Path, name: str) -> None:
         """Upload a folder of some MB."""
-        self.client.log_artifacts(self.run_id, str(path), name)
+        with mlflow_errors(f"uploading {name}"):
+            self.client.log_artifacts(self.run_id, str(path), name)
 
     def log_dataset(self, name: str, digest: str, context: str) -> None:
         """Data set lineage: its name and digest, and whether it was for training or evaluation."""
@@ -128,16 +135,38 @@ class TrackedStep:
             source_type="tuneline",
             source=json.dumps({"digest": digest}),
         )
-        self.client.log_inputs(
-            self.run_id, datasets=[DatasetInput(entity, [InputTag("mlflow.data.context", context)])]
-        )
+        lineage = DatasetInput(entity, [InputTag("mlflow.data.context", context)])
+        with mlflow_errors("logging the data set"):
+            self.client.log_inputs(self.run_id, datasets=[lineage])
+
+
+@contextmanager
+def mlflow_errors(doing: str) -> Iterator[None]:
+    """Turn what MLflow and its stores raise into one sentence, without a password.
+
+    Raises:
+        RegistryError: names the server and what was being done.
+    """
+    from mlflow.exceptions import MlflowException
+    from requests.exceptions import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, RequestException, SQLAlchemyError) as error:
+        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+        text = " ".join(str(error).replace(uri, safe_uri()).split())
+        password = urlsplit(uri).password
+        if password:
+            text = text.replace(password, "***")
+        raise RegistryError(f"MLflow at {safe_uri()}: {doing}: {text[:500]}") from error
 
 
 def open_client() -> MlflowClient:
     """A client of `MLFLOW_TRACKING_URI`.
 
     Raises:
-        RegistryError: the variable is not set.
+        RegistryError: the variable is not set, or names no store that MLflow can open.
     """
     import logging
 
@@ -151,8 +180,11 @@ def open_client() -> MlflowClient:
         logging.getLogger(name).setLevel(logging.WARNING)
     import mlflow
 
-    mlflow.set_tracking_uri(uri)
-    return mlflow.MlflowClient()
+    with mlflow_errors("connecting"):
+        mlflow.set_tracking_uri(uri)
+        client = mlflow.MlflowClient()
+        client.get_experiment_by_name("Default")  # opens the store, so that a wrong one shows now
+        return client
 
 
 @contextmanager
@@ -170,19 +202,13 @@ def tracked(run_id: str, task: str, *, experiment: str) -> Iterator[Step]:
     if not run_id:
         yield Untracked()
         return
-    from mlflow.exceptions import MlflowException
-
     client = open_client()
-    try:
+    with mlflow_errors(f"opening the run of {task}"):
         step_run_id, parent = _run_of_step(client, run_id, task, experiment)
-    except MlflowException as error:
-        raise RegistryError(f"MLflow at {_safe_uri()}: {error.message}") from error
     status = "FAILED"
     try:
         yield TrackedStep(client, step_run_id)
         status = "FINISHED"
-    except MlflowException as error:
-        raise RegistryError(f"MLflow at {_safe_uri()}: {error.message}") from error
     finally:
         if parent:
             _end_runs(
@@ -191,15 +217,14 @@ def tracked(run_id: str, task: str, *, experiment: str) -> Iterator[Step]:
 
 
 def _end_runs(client: MlflowClient, runs: list[str], status: str) -> None:
-    from mlflow.exceptions import MlflowException
-
     try:
-        for run in runs:
-            client.set_terminated(run, status)
-    except MlflowException as error:
+        with mlflow_errors("ending a run"):
+            for run in runs:
+                client.set_terminated(run, status)
+    except RegistryError:
         # a step that ends well must be recorded; one that fails has its own error to tell
         if status == "FINISHED":
-            raise RegistryError(f"MLflow at {_safe_uri()}: {error.message}") from error
+            raise
 
 
 def finish_run(run_id: str, experiment: str) -> None:
@@ -207,7 +232,8 @@ def finish_run(run_id: str, experiment: str) -> None:
     if os.environ.get("MLFLOW_RUN_ID"):
         return
     client = open_client()
-    parent = _find_or_create(client, _experiment_id(client, experiment), run_id, None, None)
+    with mlflow_errors("finding the pipeline's run"):
+        parent = _find_or_create(client, _experiment_id(client, experiment), run_id, None, None)
     _end_runs(client, [parent], "FINISHED")
 
 
@@ -253,9 +279,10 @@ def _find_or_create(
     return client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
 
 
-def _safe_uri() -> str:
-    # a tracking URI can carry a password
-    from urllib.parse import urlsplit
-
-    parts = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
+def safe_uri() -> str:
+    """`MLFLOW_TRACKING_URI` without user and password."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri  # putting sqlite:////path together again would lose its slashes
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

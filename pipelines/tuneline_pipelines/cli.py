@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 import textwrap
@@ -133,7 +134,8 @@ def final_table(summary: dict[str, Any]) -> str:
         ("report", summary["report_html"]),
         ("adapter", summary["adapter_dir"]),
         ("merged model", summary["merged_dir"]),
-        ("MLflow UI", f"mlflow ui --backend-store-uri {summary['tracking_uri']}"
+        ("MLflow UI", f"{shlex.quote(sys.executable)} -m mlflow ui --backend-store-uri "
+                      f"{shlex.quote(summary['tracking_uri'])}"
                       if summary["tracking_uri"].startswith("sqlite:") else "on your server"),
     ]  # fmt: skip
     lines = ["", "-" * 78, *(f"{name:<14}{value}" for name, value in rows)]

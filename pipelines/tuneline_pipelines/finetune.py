@@ -111,9 +111,9 @@ def build(place: Place) -> dsl.base_component.BaseComponent:
         )
         for task in (checked, prepared, tuned, evaluated, merged, registered, promoted):
             place(task)
-        for writer in (checked, registered, promoted):
-            # a cache hit would leave this run without its entry in the registry or its run tree
-            writer.set_caching_options(False)
+            # The run's id is an input of every task, so that no task could ever hit KFP's cache;
+            # and a hit would leave this run without its run tree or its entry in the registry.
+            task.set_caching_options(False)
         return Outputs(
             adapter=tuned.outputs["adapter"],
             model=merged.outputs["model"],

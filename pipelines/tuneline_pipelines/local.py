@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -20,12 +21,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, TextIO
 
-from tuneline.errors import Terminated, TunelineError, UsageError
+from tuneline.errors import Terminated, TunelineError
 from tuneline.progress import RECORD_PREFIX, REPORT_PREFIX, TICK_PREFIX
 from tuneline.recipe import Recipe
+from tuneline.tracking import safe_uri
 
 SUMMARY: Final = "summary.json"
 _ERROR_PREFIX: Final = "error: "
+_KFP_LINE: Final = re.compile(r" - (INFO|ERROR|WARNING) - ")
 
 
 class Console(io.TextIOBase):
@@ -43,6 +46,8 @@ class Console(io.TextIOBase):
         self._on_tick = False
         self.last_error = ""
         """The sentence that a failed step ended with."""
+        self.last_line = ""
+        """The last line of the failed step that says something."""
         self.records: list[dict[str, Any]] = []
         """What each finished step recorded of itself, in order."""
 
@@ -63,6 +68,8 @@ class Console(io.TextIOBase):
         self._log.flush()
 
     def _show(self, line: str) -> None:
+        if line and not line.startswith("-") and not _KFP_LINE.search(line):
+            self.last_line = line
         if line.startswith(_ERROR_PREFIX):
             self.last_error = line.removeprefix(_ERROR_PREFIX)
         elif self.last_error and line.startswith("- "):
@@ -92,7 +99,7 @@ def run_recipe(recipe: Recipe, workdir: Path, *, quiet: bool = False) -> dict[st
     """Run the pipeline; returns the summary, which is also written to the work folder.
 
     Raises:
-        UsageError: the work folder can't be written.
+        TunelineError: the work folder can't be written.
         TunelineError: a step failed; the message is that step's own.
     """
     started = time.monotonic()
@@ -102,7 +109,7 @@ def run_recipe(recipe: Recipe, workdir: Path, *, quiet: bool = False) -> dict[st
         (workdir / SUMMARY).unlink(missing_ok=True)
         log = (workdir / "run.log").open("w", encoding="utf-8")
     except OSError as error:
-        raise UsageError(
+        raise TunelineError(
             f"work folder {workdir} can't be written ({error.strerror}): "
             "name another with --workdir"
         ) from error
@@ -136,7 +143,7 @@ def _run(recipe: Recipe, workdir: Path, console: Console) -> dict[str, Any]:
             pipeline = finetune.build(resources.on_this_machine)
             task = pipeline(**pipeline_arguments(recipe))
     except RuntimeError as error:
-        sentence = console.last_error or str(error)
+        sentence = console.last_error or f"{error} It ended with: {console.last_line}"
         raise TunelineError(f"{sentence}\n(full output: {workdir / 'run.log'})") from error
     finally:
         console.end_tick()
@@ -210,7 +217,7 @@ def summarize(
         "adapter_dir": outputs["adapter"].path,
         "merged_dir": outputs["model"].path,
         "report_html": str(report.path / "report.html"),
-        "tracking_uri": os.environ["MLFLOW_TRACKING_URI"],
+        "tracking_uri": safe_uri(),
         "workdir": str(workdir),
         "steps": {step["task"]: step["wall_seconds"] for step in steps},
         "wall_seconds": wall_seconds,

@@ -17,6 +17,12 @@ BACKOFF_MAX_DURATION = "604800s"
 attempt, and its default of one hour would end the retries of every longer step."""
 
 
+MODEL_CACHE = "tuneline-model-cache"
+"""The volume claim of `manifests/base`."""
+CACHE_PATH = "/var/cache/tuneline"
+"""`TUNELINE_CACHE` of the image."""
+
+
 class Place(Protocol):
     """Gives a task of a pipeline what it needs."""
 
@@ -24,7 +30,7 @@ class Place(Protocol):
 
 
 def on_cluster(task: Any) -> None:
-    """Retries, and the MLflow server of the namespace's config map and secret `tuneline*`."""
+    """Retries, the model cache, and the MLflow server of the namespace's config map and secret."""
     task.set_retry(
         num_retries=RETRIES,
         backoff_duration="30s",
@@ -32,8 +38,9 @@ def on_cluster(task: Any) -> None:
         backoff_max_duration=BACKOFF_MAX_DURATION,
     )
     kubernetes.use_config_map_as_env(
-        task, "tuneline", {"mlflow_tracking_uri": "MLFLOW_TRACKING_URI"}
+        task, "tuneline", {"mlflow_tracking_uri": "MLFLOW_TRACKING_URI"}, optional=True
     )
+    kubernetes.mount_pvc(task, pvc_name=MODEL_CACHE, mount_path=CACHE_PATH)
     kubernetes.use_secret_as_env(
         task,
         "tuneline-mlflow",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tuneline.data_prep import chat
 from tuneline.data_prep.prepare import load_split, prepare
 from tuneline.data_prep.records import read_records
-from tuneline.errors import DataError
+from tuneline.errors import DataError, ModelError
 from tuneline.recipe import DataSection
 
 GOOD_ROW = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -37,6 +37,8 @@ def line(**message: object) -> str:
         (line(role="assistant", content={"a": 1}).encode(), "content is dict"),
         (line(role="assistant", content="  ").encode(), "answer is empty"),
         (line(role="user", content="x").encode(), "no answer"),
+        (line(role="assistant", content="\ud800").encode(), "half a character"),
+        (b"[" * 100_000, "malformed JSON"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, content: bytes, sentence: str) -> None:
@@ -139,3 +141,41 @@ def test_a_split_without_rows_says_where_they_went(
     with pytest.raises(DataError, match="240 longer than max_seq_len 10"):
         prepare(str(tiny_model), data, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_conversation_and_its_continuation_are_never_in_different_splits(
+    tiny_model: Path, chats: list[dict[str, list[dict[str, str]]]], tmp_path: Path
+) -> None:
+    more = [{"role": "user", "content": "more"}, {"role": "assistant", "content": "no"}]
+    rows = [*chats, *({"messages": chat["messages"] + more} for chat in chats)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataSection(train=(str(path),), test_fraction=0.3)
+    dataset = prepare(str(tiny_model), data, tmp_path / "out")
+    short, long = (
+        {tuple(ids) for ids in load_split(dataset, "test")["input_ids"] if ids.count(1) == turns}
+        for turns in (2, 4)  # token 1 opens a turn
+    )
+    assert len(short) == len(long) > 20
+    assert all(any(row[: len(opening)] == opening for row in long) for opening in short)
+
+
+def test_the_data_is_named_by_its_digest(
+    tiny_model: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    from tuneline.artifacts import digest_of_file
+
+    dataset = prepare(str(tiny_model), DataSection(train=(str(chats_file),)), tmp_path / "out")
+    assert dataset.manifest.inputs == {str(chats_file): f"sha256:{digest_of_file(chats_file)}"}
+
+
+def test_a_tokenizer_that_cannot_be_read_is_one_clear_error(
+    tiny_model: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="can't be loaded"):
+        prepare(str(folder), DataSection(train=(str(chats_file),)), tmp_path / "out")

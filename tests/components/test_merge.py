@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tuneline.errors import MergeError
 from tuneline.finetune.methods.lora import LoraSettings, attach, open_merge
-from tuneline.merge.merge import merge_shard, prove
+from tuneline.merge.merge import merge_shard, prove, stored_dtype, weight_files
 
 
 @pytest.fixture
@@ -97,3 +97,57 @@ def test_an_adapter_that_needs_more_than_a_low_rank_change_is_refused(adapter: P
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
     with pytest.raises(MergeError, match="use_dora=True can't be merged"):
         open_merge(str(adapter))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_stored_in_half_precision_is_judged_by_its_own_limits(
+    tiny_model: Path, adapter: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    base = tmp_path / "half"
+    shutil.copytree(tiny_model, base)
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype).save_pretrained(base)
+    folder, _ = merged_folder(base, adapter, tmp_path / "merged")
+    assert stored_dtype(folder) == str(dtype).removeprefix("torch.")
+    proof = prove(base, adapter, folder)
+    assert 0 < proof.max_logit_diff < proof.max_logit_diff_allowed
+    with pytest.raises(MergeError, match="the merged model is not the tuned one"):
+        prove(base, adapter, base)
+
+
+def test_a_conv1d_base_merges_as_pefts_own_does(tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50, n_positions=32)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    tuned = attach(
+        GPT2LMHeadModel.from_pretrained(tmp_path / "base"), LoraSettings(target_modules=("c_attn",))
+    )
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    tuned.save_pretrained(tmp_path / "adapter")
+    merge_tensor, targets = open_merge(str(tmp_path / "adapter"))
+    source = tmp_path / "base" / "model.safetensors"
+    assert merge_shard(source, tmp_path / "merged.safetensors", merge_tensor) == targets
+    base = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    reference = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    expected = reference.state_dict()
+    for name in targets:
+        torch.testing.assert_close(
+            load_file(tmp_path / "merged.safetensors")[name], expected[name], rtol=1e-5, atol=1e-6
+        )
+
+
+def test_only_the_files_that_transformers_loads_are_weights(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "consolidated.safetensors").write_bytes(b"another copy")
+    assert [path.name for path in weight_files(folder)] == ["model.safetensors"]
+    index = {"weight_map": {"a": "m-2.safetensors", "b": "m-1.safetensors", "c": "m-1.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert [path.name for path in weight_files(folder)] == ["m-1.safetensors", "m-2.safetensors"]

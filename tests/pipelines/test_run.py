@@ -70,7 +70,7 @@ def test_the_log_of_a_pod_stays_readable(workdir: Path, summary: dict) -> None:
     assert "\r" not in text and "\x1b" not in text and "[tuneline" not in text
     assert "ETA" in text and "validation loss" in text
     assert summary["report_html"] in text and "alias champion" in text
-    assert "mlflow ui --backend-store-uri sqlite:///" in text
+    assert "-m mlflow ui --backend-store-uri sqlite:///" in text
     assert len(text.splitlines()) < 120
 
 
@@ -212,9 +212,13 @@ def test_a_refused_model_is_registered_but_not_promoted(recipe_file: Path, workd
 
 
 def test_a_registered_model_whose_files_were_changed_is_not_promoted(
-    workdir: Path, summary: dict
+    summary: dict,
 ) -> None:
-    (config,) = workdir.glob("mlflow-artifacts/**/model/generation_config.json")
+    import mlflow
+
+    client = mlflow.MlflowClient(summary["tracking_uri"])
+    uri = client.get_model_version_download_uri("colours", "1")
+    config = Path(uri.removeprefix("file://")) / "model" / "generation_config.json"
     text = config.read_text()
     config.write_text(text + " ")
     try:

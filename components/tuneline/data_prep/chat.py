@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tuneline.errors import DataError
+from tuneline.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,11 +45,17 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """A fast tokenizer with a chat template and an end-of-sequence token.
 
     Raises:
+        ModelError: it can't be loaded.
         DataError: one of these is missing.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"the tokenizer of {path} can't be loaded: {type(error).__name__}: {error}"
+        ) from error
     if not tokenizer.is_fast:
         raise DataError(
             f"the tokenizer of {path} gives no character offsets: tokenizer.json is needed"

@@ -1,8 +1,9 @@
 """Raw chats -> PreparedDataset: checked, rendered, tokenized, masked and split.
 
-Rows stream through in batches; what stays in memory is 16 bytes a row for finding duplicates.
-The split of a row is decided by a hash of its content, so that a growing data set never moves a
-row from one split to another.
+Rows stream through in batches; what stays in memory is a digest a row (about 100 bytes) for finding
+duplicates. The split of a row is decided by a hash of its opening (what comes before the first
+answer), so that a growing data set never moves a row from one split to another, and a conversation
+and its continuation, which share answers to learn, are never in different ones.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, Final, Literal
 from tuneline import artifacts, base_model
 from tuneline.artifacts import Artifact
 from tuneline.data_prep import chat
-from tuneline.data_prep.records import Record, read_records
+from tuneline.data_prep.records import Record, digest_of_source, read_records
 from tuneline.errors import DataError
 from tuneline.progress import report
 from tuneline.recipe import DataSection
@@ -48,7 +49,7 @@ class Contract:
     rows_in: int = 0
     duplicates_dropped: int = 0
     in_test_dropped: int = 0
-    """Training rows whose prompt is also in the test split."""
+    """Training rows that open like a row of the test files."""
     too_long_dropped: int = 0
     splits: dict[str, SplitCounts] = field(
         default_factory=lambda: {s: SplitCounts() for s in SPLITS}
@@ -86,7 +87,7 @@ def prepare(model_reference: str, data: DataSection, output: Path) -> Artifact:
             kind="prepared_dataset",
             config=data.model_dump(mode="json"),
             base_model=base.identity(),
-            inputs={},
+            inputs={source: digest_of_source(source) for source in (*data.train, *data.test)},
         )
     for split, counts in contract.splits.items():
         share = counts.supervised_tokens / max(counts.tokens, 1)
@@ -97,7 +98,7 @@ def prepare(model_reference: str, data: DataSection, output: Path) -> Artifact:
 def _rows(
     tokenizer: Any, data: DataSection, contract: Contract
 ) -> Iterator[tuple[Split, Record, chat.Rendered, chat.Tokens]]:
-    test_prompts: set[bytes] = set()
+    test_openings: set[bytes] = set()
     seen: dict[bool, set[bytes]] = {True: set(), False: set()}
     # the named test files come first, so that training rows can be checked against them
     for source, is_test in [(s, True) for s in data.test] + [(s, False) for s in data.train]:
@@ -107,16 +108,16 @@ def _rows(
             kept = []
             for record in batch:
                 content = _digest(record.messages)
-                prompt = _digest(record.messages[:-1] or record.messages)
+                opening = _digest(_opening(record))
                 if content in seen[is_test]:
                     contract.duplicates_dropped += 1
-                elif not is_test and prompt in test_prompts:
+                elif not is_test and opening in test_openings:
                     contract.in_test_dropped += 1
                 else:
                     seen[is_test].add(content)
                     if is_test:
-                        test_prompts.add(prompt)
-                    kept.append((_split_of(prompt, data, is_test), record))
+                        test_openings.add(opening)
+                    kept.append((_split_of(opening, data, is_test), record))
             yield from _render_batch(tokenizer, kept, data, contract)
 
 
@@ -153,6 +154,11 @@ def _split_of(digest: bytes, data: DataSection, is_test: bool) -> Split:
     return "validation" if share < test_fraction + data.validation_fraction else "train"
 
 
+def _opening(record: Record) -> tuple[dict[str, str], ...]:
+    roles = [message["role"] for message in record.messages]
+    return record.messages[: roles.index("assistant")] or record.messages
+
+
 def _digest(messages: Iterable[dict[str, str]]) -> bytes:
     text = json.dumps(list(messages), sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode("ascii")).digest()[:16]
@@ -161,7 +167,7 @@ def _digest(messages: Iterable[dict[str, str]]) -> bytes:
 def _test_row(tokenizer: Any, record: Record, rendered: chat.Rendered) -> str:
     row = {
         "prompt": chat.render_prompt(tokenizer, record.messages[:-1]),
-        "question": record.messages[-2]["content"] if len(record.messages) > 1 else "",
+        "question": "".join(message["content"] for message in record.messages[-2:-1]),
         "reference": record.messages[-1]["content"],
     }
     return json.dumps(row, ensure_ascii=False)
@@ -175,9 +181,9 @@ def _count(counts: SplitCounts, tokens: chat.Tokens) -> None:
 
 
 def _check(contract: Contract, data: DataSection) -> None:
-    needed: list[Split] = ["train", "test"] + (["validation"] if data.validation_fraction else [])
-    for split in needed:
-        if not contract.splits[split].rows:
+    for split in SPLITS:
+        needed = split != "validation" or data.validation_fraction > 0
+        if needed and not contract.splits[split].rows:
             lost = contract.rows_in - sum(c.rows for c in contract.splits.values())
             raise DataError(
                 f"the {split} split has no rows ({contract.rows_in} came in, {lost} were dropped: "

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tuneline.artifacts import digest_of, digest_of_file
 from tuneline.errors import DataError
 
 ROLES = ("system", "user", "assistant")
-DEMO_SOURCES = {"demo:train": ("TRAIN", 660, 1), "demo:test": ("TEST", 100, 2)}
+DEMO_SOURCES = {"demo:train": ("TRAIN", 650, 1), "demo:test": ("TEST", 100, 2)}
 """Source name -> vocabulary, rows, seed of the generator."""
 
 
@@ -58,6 +59,16 @@ def read_records(source: str) -> Iterator[Record]:
         raise DataError(f"data file {source} is empty: it needs one JSON object a line")
 
 
+def digest_of_source(source: str) -> str:
+    """SHA-256 of the file, or of what makes the rows of a demo source."""
+    if source in DEMO_SOURCES:
+        from tuneline.demo import orders
+
+        vocabulary, rows, seed = DEMO_SOURCES[source]
+        return digest_of([asdict(getattr(orders, vocabulary)), rows, seed])
+    return f"sha256:{digest_of_file(Path(source))}"
+
+
 def _parse_line(line: bytes, where: str) -> Any:
     try:
         return json.loads(line.decode("utf-8"))
@@ -65,7 +76,7 @@ def _parse_line(line: bytes, where: str) -> Any:
         raise DataError(
             f"{where}: not UTF-8 (byte {error.start}): save the file as UTF-8"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: malformed JSON: {error}") from error
 
 
@@ -102,4 +113,10 @@ def _parse_message(value: Any, where: str) -> dict[str, str]:
         raise DataError(f"{where}: role {role!r} is unknown: roles are {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise DataError(f"{where}: content is {type(content).__name__}, text is needed")
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: content has half a character ({content[error.start]!r}): a broken escape"
+        ) from error
     return {"role": role, "content": content}

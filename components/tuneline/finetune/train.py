@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuneline import artifacts, base_model
 from tuneline.artifacts import Artifact
-from tuneline.base_model import HUB_SCHEME, BaseModel
-from tuneline.errors import ArtifactError, TrainingError
+from tuneline.base_model import BaseModel
+from tuneline.errors import ArtifactError, ModelError, TrainingError
 from tuneline.finetune.methods import METHODS, Method
 from tuneline.progress import report
 from tuneline.recipe import TrainingSection
@@ -80,15 +81,30 @@ def _method_of(config: Settings) -> Method:
 
 
 def load_base(path: Path) -> PreTrainedModel:
-    """The base model in fp32 on CPU, in its own dtype on an accelerator."""
+    """The base model in fp32 on CPU, in its own dtype on the first accelerator.
+
+    Raises:
+        ModelError: configuration or weights can't be loaded.
+    """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    # bf16 arithmetic is several times slower than fp32 on CPUs without bf16 units
-    dtype = "auto" if torch.cuda.is_available() else torch.float32
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, use_safetensors=True, trust_remote_code=False
-    )
+    accelerated = torch.cuda.is_available()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            # bf16 arithmetic is several times slower than fp32 on CPUs without bf16 units
+            dtype="auto" if accelerated else torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(
+            f"{path} can't be loaded as a causal language model: {type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no details'}"
+        ) from error
+    return model.to(torch.device("cuda")) if accelerated else model  # pyright: ignore[reportArgumentType]
 
 
 def _train(
@@ -106,6 +122,11 @@ def _train(
     from tuneline.finetune.batching import batches_of
     from tuneline.finetune.trainer import ProgressCallback, SupervisedTrainer
 
+    if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
+        raise TrainingError(
+            f"{torch.cuda.device_count()} GPUs are visible to one process: set "
+            "CUDA_VISIBLE_DEVICES to one of them"
+        )
     set_seed(training.seed)
     frozen = load_base(base.path)
     all_parameters = sum(p.numel() for p in frozen.parameters())
@@ -137,13 +158,14 @@ def _train(
         lr_scheduler_type=training.schedule
         if training.warmup_fraction == 0 or training.schedule != "constant"
         else "constant_with_warmup",
-        warmup_steps=math.ceil(training.warmup_fraction * steps),
+        warmup_steps=int(training.warmup_fraction * steps),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         eval_strategy="steps" if "validation" in loaders else "no",
         eval_steps=max(1, math.ceil(steps / training.evaluations)),
-        logging_steps=max(1, steps // 40),
+        logging_steps=min(math.ceil(steps / 40), 50),
+        logging_first_step=True,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -161,14 +183,13 @@ def _train(
             "optimizer_steps": steps,
         }
     )
-    progress = ProgressCallback(step)
     trainer = SupervisedTrainer(
         model=model,
         args=arguments,
         train_loader=loaders["train"],
         validation_loader=loaders.get("validation"),
-        callbacks=[progress],
     )
+    trainer.add_callback(ProgressCallback(step, trainer))
     started = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - started
@@ -194,11 +215,12 @@ def _save(model: PeftModel, base: BaseModel, output: Path) -> None:
             raise TrainingError(
                 f"{name} is not finite after training: lower training.learning_rate"
             )
-    # the base's place on this machine says nothing elsewhere
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = base.reference.removeprefix(HUB_SCHEME).partition("@")[0]
-        config.revision = base.revision or None
-    model.save_pretrained(output, safe_serialization=True)
+    model.save_pretrained(str(output), safe_serialization=True)
+    # peft looks the base up where it lies; that place says nothing on another machine
+    path = output / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config |= {"base_model_name_or_path": base.name, "revision": base.revision or None}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (output / "README.md").unlink(missing_ok=True)  # peft's blank model card
     trainer_folder = output / "trainer"
     if trainer_folder.is_dir():

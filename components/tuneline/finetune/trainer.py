@@ -18,10 +18,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from tuneline.errors import TrainingError
+from tuneline.errors import RegistryError, TrainingError
 from tuneline.finetune.loss import held_out_loss, supervised_nll
 from tuneline.progress import minutes, report, tick
 from tuneline.tracking import Step
+
+_SILENCE_SECONDS = 30
 
 
 class SupervisedTrainer(Trainer):
@@ -54,7 +56,7 @@ class SupervisedTrainer(Trainer):
         """The loader that was given, prepared for the device and the ranks."""
         return self.accelerator.prepare(self._train_loader)
 
-    def compute_loss(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def compute_loss(
         self,
         model: nn.Module,
         inputs: dict[str, Tensor],
@@ -78,7 +80,7 @@ class SupervisedTrainer(Trainer):
         # gradients are averaged over ranks, the divisor already counts all of them
         return nll / divisor * self.accelerator.num_processes
 
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Validation loss per supervised token."""
         assert self._validation_loader is not None
         model = self.model
@@ -94,16 +96,45 @@ class SupervisedTrainer(Trainer):
 class ProgressCallback(TrainerCallback):
     """Progress to the console, metrics to tracking."""
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: Step, trainer: SupervisedTrainer) -> None:
         self._step = step
+        self._trainer = trainer
         self._started = time.monotonic()
+        self._last_tick = 0.0
+        self._tracking_failed = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Start the clock."""
         del args, state, control
-        self._started = time.monotonic()
+        self._started = self._last_tick = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """A sign of life between two logged figures of a slow run."""
+        del args, control
+        if time.monotonic() - self._last_tick > _SILENCE_SECONDS:
+            self._tick(state, "")
+
+    def _tick(self, state: TrainerState, loss: str) -> None:
+        self._last_tick = time.monotonic()
+        elapsed = self._last_tick - self._started
+        left = elapsed / max(state.global_step, 1) * (state.max_steps - state.global_step)
+        tick(
+            f"step {state.global_step}/{state.max_steps}  {loss}"
+            f"{self._trainer.tokens_seen / elapsed:.0f} tokens/s  ETA {minutes(left)}"
+        )
+
+    def _track(self, metrics: dict[str, float], step: int) -> None:
+        # hours of training are worth more than a point of a curve
+        try:
+            self._step.log_metrics(metrics, step)
+        except RegistryError as error:
+            if not self._tracking_failed:
+                report(f"warning: metrics are not tracked: {error}")
+            self._tracking_failed = True
 
     def on_log(
         self,
@@ -122,19 +153,16 @@ class ProgressCallback(TrainerCallback):
                 f"step {state.global_step}/{state.max_steps}: "
                 f"validation loss {logs['eval_loss']:.4f}"
             )
-            self._step.log_metrics({"validation_loss": logs["eval_loss"]}, state.global_step)
+            self._track({"validation_loss": logs["eval_loss"]}, state.global_step)
         elif "loss" in logs:
-            left = elapsed / max(state.global_step, 1) * (state.max_steps - state.global_step)
-            tick(
-                f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  "
-                f"{state.global_step / elapsed:.2f} steps/s  ETA {minutes(left)}"
-            )
-            self._step.log_metrics(
+            self._tick(state, f"loss {logs['loss']:.4f}  ")
+            self._track(
                 {
                     "loss": logs["loss"],
                     "learning_rate": logs["learning_rate"],
                     "grad_norm": logs.get("grad_norm", 0.0),
                     "elapsed_seconds": elapsed,
+                    "tokens_per_second": self._trainer.tokens_seen / elapsed,
                     "peak_memory_bytes": _peak_memory_bytes(),
                 },
                 state.global_step,

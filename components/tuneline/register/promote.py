@@ -10,7 +10,7 @@ from tuneline import artifacts
 from tuneline.errors import RegistryError
 from tuneline.progress import report
 from tuneline.register.register import TAG
-from tuneline.tracking import open_client
+from tuneline.tracking import mlflow_errors, open_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -40,10 +40,8 @@ def promote(model_name: str, version: int) -> Promotion:
         RegistryError: no such model or version, a version without a verdict, files that differ
             from their digest, or a model that does not load.
     """
-    from mlflow.exceptions import MlflowException
-
     client = open_client()
-    try:
+    with mlflow_errors(f"promoting {model_name} version {version}"):
         found = client.get_model_version(model_name, str(version))
         gate = found.tags.get(f"{TAG}gate")
         if gate == "refused":
@@ -57,8 +55,6 @@ def promote(model_name: str, version: int) -> Promotion:
             )
         check_loads(client, found)
         _move(client, model_name, version)
-    except MlflowException as error:
-        raise RegistryError(f"promoting {model_name} version {version}: {error.message}") from error
     report(f"{model_name} version {version} is {CHAMPION}")
     return Promotion(version, CHAMPION, "")
 

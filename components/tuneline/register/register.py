@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tuneline import artifacts
 from tuneline.artifacts import Artifact
-from tuneline.errors import ArtifactError, RegistryError
+from tuneline.errors import ArtifactError
 from tuneline.progress import report
-from tuneline.tracking import TrackedStep, open_client
+from tuneline.tracking import TrackedStep, mlflow_errors, open_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,8 +45,6 @@ def register(model_dir: Path, report_dir: Path, model_name: str, run_id: str, st
         ArtifactError: model and report are not of the same adapter.
         RegistryError: MLflow refuses or can't be reached.
     """
-    from mlflow.exceptions import MlflowException
-
     model = artifacts.load(model_dir, "merged_model")
     evaluation = artifacts.load(report_dir, "eval_report")
     if model.manifest.inputs["adapter"] != evaluation.manifest.inputs["adapter"]:
@@ -56,7 +54,7 @@ def register(model_dir: Path, report_dir: Path, model_name: str, run_id: str, st
         )
     client = open_client()
     tags = _tags(model, evaluation, run_id)
-    try:
+    with mlflow_errors(f"registering {model_name}"):
         number = _existing(client, model_name, tags)
         if number is None:
             number = _create(client, model, model_name, tags, step)
@@ -64,8 +62,6 @@ def register(model_dir: Path, report_dir: Path, model_name: str, run_id: str, st
         else:
             report(f"{model_name} version {number} is already this run's: nothing to register")
         client.set_registered_model_alias(model_name, CHALLENGER, str(number))
-    except MlflowException as error:
-        raise RegistryError(f"registering {model_name}: {error.message}") from error
     return number
 
 

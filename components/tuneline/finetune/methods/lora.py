@@ -68,6 +68,16 @@ def linear_module_names(model: PreTrainedModel) -> list[str]:
     return list(names)
 
 
+def _is_transposed(model: PreTrainedModel, targets: list[str]) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return any(
+        isinstance(module, Conv1D)
+        for name, module in model.named_modules()
+        if name.rsplit(".", 1)[-1] in targets
+    )
+
+
 def _check_layers(layers: tuple[int, ...], model: PreTrainedModel) -> list[int]:
     first, end = layers
     count = int(model.config.num_hidden_layers)
@@ -105,6 +115,7 @@ def attach(model: PreTrainedModel, config: Settings) -> PeftModel:
             lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  # floats work
             lora_dropout=config.dropout,
             target_modules=targets,
+            fan_in_fan_out=_is_transposed(model, targets),
             layers_to_transform=_check_layers(config.layers, model) if config.layers else None,
         ),
     )
@@ -116,7 +127,6 @@ _MERGED_AS_PLAIN: Mapping[str, Any] = {
     "rank_pattern": {},
     "alpha_pattern": {},
     "use_dora": False,
-    "fan_in_fan_out": False,
     "trainable_token_indices": None,
     "lora_bias": False,
 }
@@ -140,6 +150,7 @@ def open_merge(adapter_dir: str) -> tuple[MergeTensor, frozenset[str]]:
                 f"this merge handles {key}={plain!r}"
             )
     rank, alpha = config["r"], config["lora_alpha"]
+    transposed = bool(config.get("fan_in_fan_out"))  # Conv1D keeps weights as (in, out)
     scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
     weights = load_file(folder / "adapter_model.safetensors")
     prefix, suffix = "base_model.model.", ".lora_A.weight"
@@ -157,12 +168,15 @@ def open_merge(adapter_dir: str) -> tuple[MergeTensor, frozenset[str]]:
         if name not in targets:
             return tensor
         down, up = targets[name]
-        if tensor.shape != (up.shape[0], down.shape[1]):
+        change = scale * (up.float() @ down.float())
+        if transposed:
+            change = change.T
+        if tensor.shape != change.shape:
             raise MergeError(
                 f"{name}: base shape {tuple(tensor.shape)} is not the adapter's "
-                f"{(up.shape[0], down.shape[1])}: the adapter belongs to another base"
+                f"{tuple(change.shape)}: the adapter belongs to another base"
             )
-        return (tensor.float() + scale * (up.float() @ down.float())).to(tensor.dtype)
+        return (tensor.float() + change).to(tensor.dtype)
 
     return merge, frozenset(targets)
 
