@@ -1,7 +1,7 @@
 """The demo's data: order messages and the JSON that they ask for, generated from a seed.
 
 A row is one chat: a short instruction, a message such as "Could you book Belrin in for
-12 copper kettles?", and the answer `{"name": "Belrin", "quantity": 12, "item": "copper kettles"}`.
+12 copper kettles?", and the answer `{"name":"Belrin","quantity":12,"item":"copper kettles"}`.
 
 The score on the test split measures generalization, not memory: no sentence clause, no name and
 no item word of the test split occurs in training (`tests/components/demo` proves it on the
@@ -185,7 +185,7 @@ def _compose(vocabulary: Vocabulary, rng: random.Random) -> tuple[str, dict[str,
         "item": item,
     }
     sentence = rng.choice(vocabulary.orders).format(**fields)
-    if rng.random() < 0.4:
+    if rng.random() < 0.3:
         sentence = f"{rng.choice(vocabulary.openers)} {sentence}"
     sentence = sentence[0].upper() + sentence[1:] + rng.choice((".", ""))
     if rng.random() < 0.3:
@@ -214,7 +214,7 @@ def generate(vocabulary: Vocabulary, rows: int, seed: int) -> list[dict[str, obj
                 "messages": [
                     {"role": "system", "content": INSTRUCTION},
                     {"role": "user", "content": message},
-                    {"role": "assistant", "content": json.dumps(fields)},
+                    {"role": "assistant", "content": json.dumps(fields, separators=(",", ":"))},
                 ]
             }
         )
