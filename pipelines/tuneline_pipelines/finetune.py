@@ -46,6 +46,10 @@ def build(place: Place) -> dsl.base_component.BaseComponent:
         dropout: float = 0.0,
         target_modules: list = ["q_proj", "v_proj"],  # noqa: B006  KFP reads defaults into the spec
         layers: list = [],  # noqa: B006
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        init_weights: str = "zero",
+        lora_plus_ratio: float = 1.0,
         training: dict = {},  # noqa: B006
         evaluation: dict = {},  # noqa: B006
         gate: dict = {},  # noqa: B006
@@ -59,6 +63,10 @@ def build(place: Place) -> dsl.base_component.BaseComponent:
             "dropout": dropout,
             "target_modules": target_modules,
             "layers": layers,
+            "use_rslora": use_rslora,
+            "use_dora": use_dora,
+            "init_weights": init_weights,
+            "lora_plus_ratio": lora_plus_ratio,
         }
         checked = check_recipe(
             run_id=run_id,

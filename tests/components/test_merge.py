@@ -94,8 +94,8 @@ def test_a_base_cut_short_is_an_error(tiny_model: Path, adapter: Path, tmp_path:
 
 def test_an_adapter_that_needs_more_than_a_low_rank_change_is_refused(adapter: Path) -> None:
     path = adapter / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
-    with pytest.raises(MergeError, match="use_dora=True can't be merged"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bias": "all"}))
+    with pytest.raises(MergeError, match="bias='all' can't be merged"):
         open_merge(str(adapter))
 
 

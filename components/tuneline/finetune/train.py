@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,6 +189,7 @@ def _train(
         args=arguments,
         train_loader=loaders["train"],
         validation_loader=loaders.get("validation"),
+        create_optimizer=partial(method.create_optimizer, model, method_config),
     )
     trainer.add_callback(ProgressCallback(step, trainer))
     started = time.monotonic()
@@ -199,7 +201,7 @@ def _train(
     )
     if "validation" in loaders:
         _evaluate_at_end(trainer, steps)
-    _save(model, base, output)
+    _save(model, method, base, output)
     return trainer.state.log_history
 
 
@@ -209,13 +211,13 @@ def _evaluate_at_end(trainer: Any, steps: int) -> None:
         trainer.evaluate()
 
 
-def _save(model: PeftModel, base: BaseModel, output: Path) -> None:
+def _save(model: PeftModel, method: Method, base: BaseModel, output: Path) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not bool(parameter.isfinite().all()):
             raise TrainingError(
                 f"{name} is not finite after training: lower training.learning_rate"
             )
-    model.save_pretrained(str(output), safe_serialization=True)
+    method.save(model, str(output))
     # peft looks the base up where it lies; that place says nothing on another machine
     path = output / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import (
     PrinterCallback,
@@ -32,6 +34,7 @@ class SupervisedTrainer(Trainer):
     Args:
         train_loader: batches with `input_ids`, `attention_mask`, `labels`.
         validation_loader: batches for the validation loss, or None.
+        create_optimizer: makes the method's own optimizer from a class and its options, or None.
         others: as in `transformers.Trainer`.
     """
 
@@ -40,6 +43,7 @@ class SupervisedTrainer(Trainer):
         *,
         train_loader: DataLoader[dict[str, Tensor]],
         validation_loader: DataLoader[dict[str, Tensor]] | None,
+        create_optimizer: Callable[[type[Optimizer], dict[str, Any]], Optimizer | None],
         **others: Any,
     ) -> None:
         dataset = validation_loader.dataset if validation_loader else None
@@ -47,6 +51,7 @@ class SupervisedTrainer(Trainer):
         self.remove_callback(PrinterCallback)  # ProgressCallback prints what it would
         self._train_loader = train_loader
         self._validation_loader = validation_loader
+        self._create_optimizer = create_optimizer
         self.tokens_seen = 0
         # the loop counts supervised tokens over the accumulated batch and hands the number in
         self.model_accepts_loss_kwargs = True
@@ -55,6 +60,14 @@ class SupervisedTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """The loader that was given, prepared for the device and the ranks."""
         return self.accelerator.prepare(self._train_loader)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """The method's optimizer, or the one of transformers."""
+        if self.optimizer is None:
+            chosen, options = self.get_optimizer_cls_and_kwargs(self.args)
+            options["weight_decay"] = self.args.weight_decay
+            self.optimizer = self._create_optimizer(chosen, options)
+        return self.optimizer or super().create_optimizer(model)
 
     def compute_loss(
         self,

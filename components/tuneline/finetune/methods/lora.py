@@ -7,16 +7,32 @@ Adaptation of Large Language Models", section 4.1.
 Attention projections q and v are the targets of the paper (section 4.2, and 7.1 for why);
 `all-linear` also adapts the FFN, which QLoRA (Dettmers et al. 2023, section 4) found necessary
 to match full fine-tuning.
+
+Variants, which combine unless said otherwise:
+
+- rsLoRA scales by alpha / sqrt(rank), so that a larger rank does not learn more slowly.
+  Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", section 3.
+- DoRA learns the norm of each output row apart from its direction:
+  W' = m (W + s B A) / ||W + s B A||, m = ||W|| at step 0. Liu et al. 2024, "DoRA:
+  Weight-Decomposed Low-Rank Adaptation", section 4.1.
+- PiSSA starts from the base's principal components instead of zero: A0 and B0 hold the largest
+  singular values, W - s B0 A0 is frozen. Meng et al. 2024, "PiSSA", section 3. It is saved as a
+  plain LoRA of rank 2 r on the original base: s (B A - B0 A0) = s [B, -B0] [A; A0]. Not with
+  DoRA, whose norm would be that of another base, nor with rsLoRA, whose scale depends on the rank.
+- LoRA+ gives B a larger learning rate than A. Hayou et al. 2024, "LoRA+", section 4; the paper
+  finds a ratio near 16 right.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tuneline.errors import MergeError, MethodError, did_you_mean
 from tuneline.finetune.methods.method import MergeTensor, Method
@@ -25,6 +41,7 @@ from tuneline.settings import Settings
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
+    from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
 ALL_LINEAR = "all-linear"
@@ -46,6 +63,23 @@ class LoraSettings(Settings):
     layers: tuple[int, ...] = ()
     """[first, end) of the blocks to adapt, all when empty. Blocks below the first keep no
     autograd graph: adapting the upper half saves about a quarter of a step's time."""
+
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank)."""
+    use_dora: bool = False
+    """Learn norm and direction apart; slower, and one vector more per target."""
+    init_weights: Literal["zero", "pissa"] = "zero"
+    """`zero`: B starts at zero. `pissa`: from the base's principal components, by a randomized
+    SVD of 16 iterations."""
+    lora_plus_ratio: float = Field(default=1.0, ge=1)
+    """Learning rate of B over that of A; 1 is plain LoRA."""
+
+    @model_validator(mode="after")
+    def _compatible(self) -> LoraSettings:
+        for name in ("use_rslora", "use_dora"):
+            if self.init_weights == "pissa" and getattr(self, name):
+                raise ValueError(f"init_weights pissa can't be combined with {name}")
+        return self
 
     @field_validator("layers")
     @classmethod
@@ -95,7 +129,7 @@ def attach(model: PreTrainedModel, config: Settings) -> PeftModel:
     Raises:
         MethodError: a target names no linear module, or `layers` is out of range.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     assert isinstance(config, LoraSettings)
     linear = linear_module_names(model)
@@ -107,7 +141,8 @@ def attach(model: PreTrainedModel, config: Settings) -> PeftModel:
             f"linear modules are {', '.join(linear)}, or use [{ALL_LINEAR}]."
             f"{did_you_mean(unknown[0], [*linear, ALL_LINEAR])}"
         )
-    return get_peft_model(
+    pissa = config.init_weights == "pissa"
+    tuned = get_peft_model(
         model,
         LoraConfig(
             task_type="CAUSAL_LM",
@@ -117,7 +152,77 @@ def attach(model: PreTrainedModel, config: Settings) -> PeftModel:
             target_modules=targets,
             fan_in_fan_out=_is_transposed(model, targets),
             layers_to_transform=_check_layers(config.layers, model) if config.layers else None,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            init_lora_weights="pissa_niter_16" if pissa else True,
         ),
+    )
+    assert isinstance(tuned, PeftModel)
+    if pissa:
+        _keep_initial(tuned)
+    return tuned
+
+
+_INITIAL = "tuneline_pissa_initial"
+
+
+def _keep_initial(tuned: PeftModel) -> None:
+    # B0 and A0, which the base has lost: a few MB, needed again when saving
+    tensors = {
+        name: parameter.detach().clone()
+        for name, parameter in tuned.named_parameters()
+        if parameter.requires_grad
+    }
+    setattr(tuned, _INITIAL, tensors)
+
+
+def save(model: PeftModel, folder: str) -> None:
+    """Write the adapter; a PiSSA one as a LoRA of twice the rank on the original base."""
+    initial: dict[str, torch.Tensor] | None = getattr(model, _INITIAL, None)
+    if initial is None:
+        model.save_pretrained(folder, safe_serialization=True)
+        return
+    with tempfile.TemporaryDirectory() as before:
+        config = model.peft_config["default"]
+        trained = {name: p.detach().clone() for name, p in _trainable(model).items()}
+        config.init_lora_weights = True  # else peft would decompose the base again on loading
+        _assign(model, initial)
+        model.save_pretrained(before, safe_serialization=True)
+        _assign(model, trained)
+        model.save_pretrained(
+            folder, safe_serialization=True, path_initial_model_for_weight_conversion=before
+        )
+
+
+def _trainable(model: PeftModel) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _assign(model: PeftModel, values: dict[str, torch.Tensor]) -> None:
+    for name, parameter in _trainable(model).items():
+        parameter.data.copy_(values[name])
+
+
+def create_optimizer(
+    model: PeftModel,
+    config: Settings,
+    optimizer_class: type[Optimizer],
+    options: dict[str, Any],
+) -> Optimizer | None:
+    """LoRA+: a learning rate of its own for B."""
+    assert isinstance(config, LoraSettings)
+    if config.lora_plus_ratio == 1:
+        return None
+    from peft.optimizers import create_loraplus_optimizer
+
+    options = dict(options)
+    return create_loraplus_optimizer(
+        model,
+        optimizer_class,
+        lr=options.pop("lr"),
+        loraplus_lr_ratio=config.lora_plus_ratio,
+        loraplus_weight_decay=options.pop("weight_decay", 0.0),
+        **options,
     )
 
 
@@ -126,15 +231,14 @@ _MERGED_AS_PLAIN: Mapping[str, Any] = {
     "modules_to_save": None,
     "rank_pattern": {},
     "alpha_pattern": {},
-    "use_dora": False,
     "trainable_token_indices": None,
     "lora_bias": False,
 }
-"""adapter_config.json keys whose other values need more than W + scale B A."""
+"""adapter_config.json keys whose other values need more than this file merges."""
 
 
 def open_merge(adapter_dir: str) -> tuple[MergeTensor, frozenset[str]]:
-    """The merge function W + (alpha / rank) B A of an adapter folder, computed in fp32.
+    """The merge function of an adapter folder, computed in fp32: W + s B A, or DoRA's.
 
     Raises:
         MergeError: the adapter has parts beyond plain LoRA on linear modules.
@@ -153,22 +257,26 @@ def open_merge(adapter_dir: str) -> tuple[MergeTensor, frozenset[str]]:
     transposed = bool(config.get("fan_in_fan_out"))  # Conv1D keeps weights as (in, out)
     scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
     weights = load_file(folder / "adapter_model.safetensors")
-    prefix, suffix = "base_model.model.", ".lora_A.weight"
-    targets: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for key in weights:
-        if key.endswith(suffix):
-            module = key.removeprefix(prefix).removesuffix(suffix)
-            up = weights[key.replace(".lora_A.", ".lora_B.")]
-            targets[f"{module}.weight"] = (weights[key], up)
-    if 2 * len(targets) != len(weights):
-        strange = sorted(k for k in weights if ".lora_A." not in k and ".lora_B." not in k)
-        raise MergeError(f"{adapter_dir}: tensors {strange[:3]} are not LoRA's A or B")
+    targets: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in weights.items():
+        match = re.fullmatch(
+            r"base_model\.model\.(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?", key
+        )
+        if match is None:
+            raise MergeError(f"{adapter_dir}: tensor {key} is not LoRA's A, B or magnitude")
+        targets.setdefault(f"{match[1]}.weight", {})[match[2]] = tensor.float()
+    needed = {"A", "B"} | ({"magnitude_vector"} if config.get("use_dora") else set())
+    for name, parts in targets.items():
+        if parts.keys() != needed:
+            raise MergeError(
+                f"{adapter_dir}: {name} has {sorted(parts)}, {sorted(needed)} are needed"
+            )
 
     def merge(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name not in targets:
             return tensor
-        down, up = targets[name]
-        change = scale * (up.float() @ down.float())
+        parts = targets[name]
+        change = scale * (parts["B"] @ parts["A"])
         if transposed:
             change = change.T
         if tensor.shape != change.shape:
@@ -176,7 +284,12 @@ def open_merge(adapter_dir: str) -> tuple[MergeTensor, frozenset[str]]:
                 f"{name}: base shape {tuple(tensor.shape)} is not the adapter's "
                 f"{tuple(change.shape)}: the adapter belongs to another base"
             )
-        return (tensor.float() + change).to(tensor.dtype)
+        merged = tensor.float() + change
+        if "magnitude_vector" in parts:
+            rows = merged.T if transposed else merged
+            rows = rows * (parts["magnitude_vector"] / rows.norm(dim=1)).unsqueeze(1)
+            merged = rows.T if transposed else rows
+        return merged.to(tensor.dtype)
 
     return merge, frozenset(targets)
 
@@ -187,4 +300,6 @@ METHOD = Method(
     config_class=LoraSettings,
     attach=attach,
     open_merge=open_merge,
+    save=save,
+    create_optimizer=create_optimizer,
 )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tuneline.settings import Settings
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
+    from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
 
@@ -21,6 +22,34 @@ class Attach(Protocol):
     """
 
     def __call__(self, model: PreTrainedModel, config: Settings) -> PeftModel: ...
+
+
+class Save(Protocol):
+    """Writes the trained adapter so that it loads on the original base with plain peft."""
+
+    def __call__(self, model: PeftModel, folder: str) -> None: ...
+
+
+class CreateOptimizer(Protocol):
+    """An optimizer with parameter groups of its own.
+
+    Args:
+        model: with the method attached.
+        config: of the method.
+        optimizer_class: what the training settings chose.
+        options: of that class; `lr` among them.
+
+    Returns:
+        The optimizer, or None for one group with one learning rate.
+    """
+
+    def __call__(
+        self,
+        model: PeftModel,
+        config: Settings,
+        optimizer_class: type[Optimizer],
+        options: dict[str, Any],
+    ) -> Optimizer | None: ...
 
 
 class MergeTensor(Protocol):
@@ -60,6 +89,8 @@ class Method:
     attach: Attach
     open_merge: OpenMerge | None
     """None: the change has no equal form in the base's weights, so it can't be merged."""
+    save: Save
+    create_optimizer: CreateOptimizer
 
     @property
     def mergeable(self) -> bool:
