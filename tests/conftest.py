@@ -9,6 +9,8 @@ import pytest
 
 # before any test imports torch or a hub client
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+for _name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_RUN_ID", "TUNELINE_IMAGE"):
+    os.environ.pop(_name, None)  # the user's own server is no place for tests
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 CHATML = (

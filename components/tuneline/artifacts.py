@@ -116,11 +116,14 @@ def writing(output: Path) -> Iterator[Path]:
     Raises:
         ArtifactError: `output` exists and is not empty, or its parent can't be written.
     """
+    output = Path(os.path.realpath(output))  # a link to an empty folder is that folder
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise ArtifactError(
             f"output {output} exists and is not empty: an artifact is never overwritten; "
             "name another folder or remove it first"
         )
+    if output.is_mount():
+        raise ArtifactError(f"output {output} is a mount point: name a new folder below it")
     aside = output.with_name(output.name + ".partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,10 @@ def cache_dir() -> Path:
     """`TUNELINE_CACHE`, by default `tuneline` under the user's cache folder."""
     if configured := os.environ.get("TUNELINE_CACHE"):
         return Path(configured)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tuneline"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tuneline"
+    except RuntimeError as error:
+        raise ModelError("no home folder for the model cache: set TUNELINE_CACHE") from error
 
 
 def resolve(reference: str) -> BaseModel:
@@ -69,7 +72,7 @@ def resolve(reference: str) -> BaseModel:
     elif reference.startswith(HUB_SCHEME):
         path, revision = _from_hub(reference)
     else:
-        path, revision = Path(reference), ""
+        path, revision = Path(reference).expanduser(), ""
         if not path.is_dir():
             raise ModelError(
                 f"base model '{reference}' is no folder: give a local folder, "

@@ -8,6 +8,7 @@ the process that started the step.
 from __future__ import annotations
 
 import json
+import resource
 import sys
 
 REPORT_PREFIX = "[tuneline] "
@@ -28,6 +29,12 @@ def tick(text: str) -> None:
 def minutes(seconds: float) -> str:
     """`m:ss`."""
     return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held, resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def record(**values: str | float) -> None:

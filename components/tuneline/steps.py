@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import resource
 import signal
 import sys
 import time
@@ -23,8 +22,8 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError
 
 from tuneline import recipe
-from tuneline.errors import EXIT_FAILED, EXIT_TERMINATED, Terminated, TunelineError
-from tuneline.progress import complain, record, report
+from tuneline.errors import EXIT_FAILED, EXIT_TERMINATED, RegistryError, Terminated, TunelineError
+from tuneline.progress import complain, peak_memory_bytes, record, report
 from tuneline.tracking import Step, finish_run, tracked
 
 T = TypeVar("T")
@@ -78,7 +77,7 @@ def _step(task: str, run_id: str, experiment: str, imports: tuple[str, ...] = ()
     with tracked(run_id, task, experiment=experiment) as step:
         started = time.monotonic()
         yield step
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_memory_bytes()
         seconds = time.monotonic() - started
         step.log_metrics({"wall_seconds": seconds, "step_peak_memory_bytes": peak})
     record(task=task, wall_seconds=seconds, peak_memory_bytes=peak)
@@ -127,8 +126,11 @@ def finetune(
     with _step(task, run_id, experiment, _TORCH) as step:
         adapter = train(base_model, Path(dataset), settings, section, Path(output), step)
         digest = adapter.manifest.inputs["prepared_dataset"]
-        step.log_dataset("train", digest, "training")
-        step.log_folder(adapter.path, "adapter")
+        try:
+            step.log_dataset("train", digest, "training")
+            step.log_folder(adapter.path, "adapter")
+        except RegistryError as error:  # the adapter is there; a retry would train it again
+            report(f"warning: the adapter is not in MLflow: {error}")
 
 
 def evaluate(

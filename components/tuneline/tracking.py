@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
-from urllib.parse import urlsplit
 
 from tuneline.errors import RegistryError
 
@@ -153,11 +152,12 @@ def mlflow_errors(doing: str) -> Iterator[None]:
 
     try:
         yield
-    except (MlflowException, RequestException, SQLAlchemyError) as error:
+    # ImportError: no driver for that database; ValueError: not a URI
+    except (MlflowException, RequestException, SQLAlchemyError, ImportError, ValueError) as error:
         uri = os.environ.get("MLFLOW_TRACKING_URI", "")
         text = " ".join(str(error).replace(uri, safe_uri()).split())
-        password = urlsplit(uri).password
-        if password:
+        login = uri.partition("://")[2].partition("/")[0].rpartition("@")[0]
+        if password := login.partition(":")[2]:
             text = text.replace(password, "***")
         raise RegistryError(f"MLflow at {safe_uri()}: {doing}: {text[:500]}") from error
 
@@ -282,7 +282,8 @@ def _find_or_create(
 def safe_uri() -> str:
     """`MLFLOW_TRACKING_URI` without user and password."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri  # putting sqlite:////path together again would lose its slashes
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    # by hand: putting sqlite:////path together again would lose its slashes, and not every text is
+    # a URI
+    scheme, separator, rest = uri.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"

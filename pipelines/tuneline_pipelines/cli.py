@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TunelineError as error:
         complain(str(error))
         return error.exit_code
+    except MemoryError:
+        complain("out of memory")
+        return EXIT_FAILED
     except OSError as error:  # disk full, no permission, a file that went away
         complain(str(error))
         return EXIT_FAILED

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import re
-import resource
 import signal
 import sys
 import time
@@ -22,12 +21,13 @@ from types import FrameType
 from typing import Any, Final, TextIO
 
 from tuneline.errors import Terminated, TunelineError
-from tuneline.progress import RECORD_PREFIX, REPORT_PREFIX, TICK_PREFIX
+from tuneline.progress import RECORD_PREFIX, REPORT_PREFIX, TICK_PREFIX, peak_memory_bytes
 from tuneline.recipe import Recipe
 from tuneline.tracking import safe_uri
 
 SUMMARY: Final = "summary.json"
 _ERROR_PREFIX: Final = "error: "
+_STOP_SECONDS: Final = 20
 _KFP_LINE: Final = re.compile(r" - (INFO|ERROR|WARNING) - ")
 
 
@@ -102,6 +102,11 @@ def run_recipe(recipe: Recipe, workdir: Path, *, quiet: bool = False) -> dict[st
         TunelineError: the work folder can't be written.
         TunelineError: a step failed; the message is that step's own.
     """
+    if any(character.isspace() for character in sys.executable):
+        raise TunelineError(
+            f"the interpreter's path '{sys.executable}' has white space in it, and KFP's local "
+            "runner can't start that: set tuneline up in a folder without"
+        )
     started = time.monotonic()
     workdir = workdir.absolute()
     try:
@@ -169,22 +174,34 @@ def pipeline_arguments(recipe: Recipe) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _children_stop_with_us() -> Iterator[None]:
-    """On SIGTERM the running step gets it too, and ends without an artifact."""
+    """On SIGTERM or Ctrl-C the running step is stopped first, and ends without an artifact."""
 
     def terminate(number: int, frame: FrameType | None) -> None:
         del number, frame
-        import psutil
-
-        for child in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.terminate()
+        _stop_children()
         raise Terminated
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
+    except KeyboardInterrupt:
+        _stop_children()
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _stop_children() -> None:
+    import psutil
+
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.terminate()
+    _, alive = psutil.wait_procs(children, timeout=_STOP_SECONDS)
+    for child in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def summarize(
@@ -200,7 +217,7 @@ def summarize(
     report = artifacts.load(Path(outputs["eval_report"].path), "eval_report")
     model = artifacts.load(Path(outputs["model"].path), "merged_model")
     result, proof = report.read_json("report.json"), model.read_json("proof.json")
-    own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    own_peak = peak_memory_bytes()
     return {
         "base_exact_match": result["base"],
         "tuned_exact_match": result["tuned"],

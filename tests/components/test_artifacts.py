@@ -94,6 +94,13 @@ def test_an_artifact_is_never_overwritten(tmp_path: Path) -> None:
         write(tmp_path / "a")
 
 
+def test_a_link_to_an_empty_folder_is_that_folder(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write(tmp_path / "link")
+    assert artifacts.load(tmp_path / "real", "adapter").manifest.config == {"rank": 8}
+
+
 def test_an_output_below_a_file_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="can't be written"):

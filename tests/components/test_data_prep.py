@@ -1,6 +1,7 @@
 """Rows are checked, masks are exact, splits are stable."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,8 @@ def line(**message: object) -> str:
         (line(role="user", content="x").encode(), "no answer"),
         (line(role="assistant", content="\ud800").encode(), "half a character"),
         (b"[" * 100_000, "malformed JSON"),
+        (line(role="assistant", content="x", weight=0).encode(), "keys weight are not supported"),
+        (json.dumps(GOOD_ROW | {"tools": [{}]}).encode(), "'tools' are not supported"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, content: bytes, sentence: str) -> None:
@@ -74,6 +77,44 @@ def test_the_mask_covers_exactly_the_answers_and_their_ends(
     (tokens,) = chat.tokenize(tokenizer, [chat.render(tokenizer, messages)])
     supervised = [i for i, m in zip(tokens.input_ids, tokens.supervised, strict=True) if m]
     assert tokenizer.decode(supervised) == "".join(answer + "<|im_end|>" for answer in answers)
+
+
+def test_spaces_are_supervised_with_a_tokenizer_that_trims_offsets(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["post_processor"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    tokenizer = chat.load_tokenizer(str(folder))
+    code = "if x:\n    y  =  1 "
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": code}]
+    (tokens,) = chat.tokenize(tokenizer, [chat.render(tokenizer, messages)])
+    supervised = [i for i, m in zip(tokens.input_ids, tokens.supervised, strict=True) if m]
+    assert tokenizer.decode(supervised) == code + "<|im_end|>"
+
+
+def test_the_reference_is_what_the_template_makes_the_model_write(tiny_model: Path) -> None:
+    tokenizer = chat.load_tokenizer(str(tiny_model))
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    rendered = chat.render(tokenizer, GOOD_ROW["messages"])
+    assert chat.answer(tokenizer, rendered) == "<think>\n\n</think>\n\na"
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+    path = tmp_path / "bom.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD_ROW).encode())
+    assert len(list(read_records(str(path)))) == 1
 
 
 def test_training_sees_what_serving_renders(tiny_model: Path) -> None:
@@ -172,8 +213,6 @@ def test_the_data_is_named_by_its_digest(
 def test_a_tokenizer_that_cannot_be_read_is_one_clear_error(
     tiny_model: Path, chats_file: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     (folder / "tokenizer.json").write_text("{")

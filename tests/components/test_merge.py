@@ -114,6 +114,20 @@ def test_a_base_stored_in_half_precision_is_judged_by_its_own_limits(
         prove(base, adapter, base)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_weak_tuning_that_was_lost_is_caught_too(
+    tiny_model: Path, adapter: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype).save_pretrained(base)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    weak = {name: tensor * (0.001 if "lora_B" in name else 1) for name, tensor in weights.items()}
+    save_file(weak, adapter / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(MergeError, match=r"lost share of the tuning 1\.00"):
+        prove(base, adapter, base)
+
+
 def test_a_conv1d_base_merges_as_pefts_own_does(tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import GPT2Config, GPT2LMHeadModel

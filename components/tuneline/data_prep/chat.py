@@ -56,6 +56,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise ModelError(
             f"the tokenizer of {path} can't be loaded: {type(error).__name__}: {error}"
         ) from error
+    from tokenizers import processors
+
     if not tokenizer.is_fast:
         raise DataError(
             f"the tokenizer of {path} gives no character offsets: tokenizer.json is needed"
@@ -66,6 +68,9 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         )
     if tokenizer.eos_token is None:
         raise DataError(f"the tokenizer of {path} has no end-of-sequence token")
+    # Some families (Llama 3) trim white space off the offsets, which would take the spaces out of
+    # the mask. The post-processor is of no other use here: templates write the special tokens.
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
     return tokenizer
 
 
@@ -101,6 +106,18 @@ def render(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Rendered:
         text = text[: spans[-1][1]] + tokenizer.eos_token
         spans[-1] = (spans[-1][0], len(text))
     return Rendered(text, tuple(spans))
+
+
+def answer(tokenizer: Any, rendered: Rendered) -> str:
+    """The text of the last answer as the model has to write it, without the end token.
+
+    That can be more than the row's own content: some templates put an empty thinking block first.
+    """
+    start, end = rendered.spans[-1]
+    text = rendered.text[start:end]
+    for token in _ends(tokenizer):
+        text = text.removesuffix(token)
+    return text
 
 
 def tokenize(tokenizer: Any, rendered: Sequence[Rendered]) -> list[Tokens]:

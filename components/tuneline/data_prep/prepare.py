@@ -155,8 +155,10 @@ def _split_of(digest: bytes, data: DataSection, is_test: bool) -> Split:
 
 
 def _opening(record: Record) -> tuple[dict[str, str], ...]:
+    # a greeting of the assistant opens many different conversations
     roles = [message["role"] for message in record.messages]
-    return record.messages[: roles.index("assistant")] or record.messages
+    user = roles.index("user") if "user" in roles else 0
+    return record.messages[: roles.index("assistant", user)] or record.messages
 
 
 def _digest(messages: Iterable[dict[str, str]]) -> bytes:
@@ -168,7 +170,7 @@ def _test_row(tokenizer: Any, record: Record, rendered: chat.Rendered) -> str:
     row = {
         "prompt": chat.render_prompt(tokenizer, record.messages[:-1]),
         "question": "".join(message["content"] for message in record.messages[-2:-1]),
-        "reference": record.messages[-1]["content"],
+        "reference": chat.answer(tokenizer, rendered),
     }
     return json.dumps(row, ensure_ascii=False)
 

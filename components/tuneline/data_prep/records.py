@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -38,7 +39,7 @@ def read_records(source: str) -> Iterator[Record]:
         for number, chat in enumerate(orders.generate(getattr(orders, vocabulary), rows, seed), 1):
             yield parse_record(chat, f"{source} row {number}")
         return
-    path = Path(source)
+    path = Path(source).expanduser()
     try:
         file = path.open("rb")
     except OSError as error:
@@ -49,6 +50,8 @@ def read_records(source: str) -> Iterator[Record]:
     count = 0
     with file:
         for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             yield parse_record(
@@ -66,7 +69,7 @@ def digest_of_source(source: str) -> str:
 
         vocabulary, rows, seed = DEMO_SOURCES[source]
         return digest_of([asdict(getattr(orders, vocabulary)), rows, seed])
-    return f"sha256:{digest_of_file(Path(source))}"
+    return f"sha256:{digest_of_file(Path(source).expanduser())}"
 
 
 def _parse_line(line: bytes, where: str) -> Any:
@@ -93,6 +96,8 @@ def parse_record(value: Any, where: str) -> Record:
             f"{where}: no 'messages' list (found {keys}): "
             '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]} is needed'
         )
+    if value.get("tools"):
+        raise DataError(f"{where}: 'tools' are not supported: remove them or the row")
     parsed = tuple(_parse_message(m, f"{where}, message {n}") for n, m in enumerate(messages, 1))
     if parsed[-1]["role"] != "assistant":
         raise DataError(
@@ -108,6 +113,13 @@ def parse_record(value: Any, where: str) -> Record:
 def _parse_message(value: Any, where: str) -> dict[str, str]:
     if not isinstance(value, dict):
         raise DataError(f"{where}: is {type(value).__name__}, an object is needed")
+    if others := sorted(
+        k for k, v in value.items() if k not in ("role", "content") and v is not None
+    ):
+        # weight 0, tool calls: a key that is left out of account would change what is learned
+        raise DataError(
+            f"{where}: keys {', '.join(others)} are not supported, only role and content"
+        )
     role, content = value.get("role"), value.get("content")
     if role not in ROLES:
         raise DataError(f"{where}: role {role!r} is unknown: roles are {', '.join(ROLES)}")

@@ -52,7 +52,8 @@ def evaluate(
             [[row["prompt"], row["reference"]] for row in rows]
         )
         result["samples"] = _samples(scores)
-        (aside / REPORT).write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(result, indent=2, ensure_ascii=False)
+        (aside / REPORT).write_text(text + "\n", encoding="utf-8")
         html = render_report(
             result,
             history=adapter.read_jsonl("history.jsonl"),

@@ -22,7 +22,7 @@ from transformers import (
 
 from tuneline.errors import RegistryError, TrainingError
 from tuneline.finetune.loss import held_out_loss, supervised_nll
-from tuneline.progress import minutes, report, tick
+from tuneline.progress import minutes, peak_memory_bytes, report, tick
 from tuneline.tracking import Step
 
 _SILENCE_SECONDS = 30
@@ -141,12 +141,14 @@ class ProgressCallback(TrainerCallback):
         )
 
     def _track(self, metrics: dict[str, float], step: int) -> None:
-        # hours of training are worth more than a point of a curve
+        # hours of training are worth more than a curve, and each try of a server that is away
+        # costs MLflow's retries, some minutes
+        if self._tracking_failed:
+            return
         try:
             self._step.log_metrics(metrics, step)
         except RegistryError as error:
-            if not self._tracking_failed:
-                report(f"warning: metrics are not tracked: {error}")
+            report(f"warning: metrics are not tracked from step {step} on: {error}")
             self._tracking_failed = True
 
     def on_log(
@@ -185,6 +187,4 @@ class ProgressCallback(TrainerCallback):
 def _peak_memory_bytes() -> float:
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated())
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    return float(peak_memory_bytes())

@@ -91,6 +91,7 @@ def check_loads(client: MlflowClient, version: ModelVersion) -> None:
             f"({model.digest[:19]}): register the model again"
         )
     with torch.inference_mode():
-        logits = load_base(folder)(torch.tensor([[0]])).logits
+        loaded = load_base(folder)
+        logits = loaded(torch.tensor([[0]], device=loaded.device)).logits
     if not bool(logits.isfinite().all()):
         raise RegistryError(f"{version.name} version {version.version}: its logits are not finite")

@@ -154,7 +154,7 @@ def attach(model: PreTrainedModel, config: Settings) -> PeftModel:
             layers_to_transform=_check_layers(config.layers, model) if config.layers else None,
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
-            init_lora_weights="pissa_niter_16" if pissa else True,
+            init_lora_weights="pissa_niter_16" if pissa else True,  # pyright: ignore[reportArgumentType]
         ),
     )
     assert isinstance(tuned, PeftModel)
@@ -185,7 +185,8 @@ def save(model: PeftModel, folder: str) -> None:
     with tempfile.TemporaryDirectory() as before:
         config = model.peft_config["default"]
         trained = {name: p.detach().clone() for name, p in _trainable(model).items()}
-        config.init_lora_weights = True  # else peft would decompose the base again on loading
+        # else peft would decompose the base again on loading
+        config.init_lora_weights = True  # pyright: ignore[reportAttributeAccessIssue]
         _assign(model, initial)
         model.save_pretrained(before, safe_serialization=True)
         _assign(model, trained)
