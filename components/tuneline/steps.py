@@ -72,10 +72,12 @@ def _quiet_libraries() -> None:
 def _step(task: str, run_id: str, experiment: str, imports: tuple[str, ...] = ()) -> Iterator[Step]:
     report(f"== {task}")
     _quiet_libraries()
-    for module in imports:
+    for module in (*imports, "mlflow") if run_id else imports:
         importlib.import_module(module)
+    # what a step takes is counted from here: its own work, MLflow's record of it included, not the
+    # start of its process and its imports
+    started = time.monotonic()
     with tracked(run_id, task, experiment=experiment) as step:
-        started = time.monotonic()
         yield step
         peak = peak_memory_bytes()
         seconds = time.monotonic() - started
