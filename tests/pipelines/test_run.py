@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -242,3 +244,26 @@ def test_a_failing_step_ends_the_run_with_its_own_sentence(
     assert "error: data file absent.jsonl can't be read" in done.stderr
     assert "run.log" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "w" / "summary.json").exists()
+
+
+def test_a_stopped_run_stops_its_step_and_leaves_no_adapter(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "tuneline_pipelines.cli", "run", str(recipe_file),
+            "--workdir", str(tmp_path / "w"), "--set", "training.epochs=100000",
+        ],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    with process.stdout as output:
+        next(line for line in output if "step 1/" in line)
+        steps = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    assert steps and not any(step.is_running() for step in steps)
+    assert not (tmp_path / "w" / "summary.json").exists()
+    assert not list((tmp_path / "w").glob("kfp/*/finetune-lora/*/manifest.json"))
