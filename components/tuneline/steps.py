@@ -82,7 +82,8 @@ def _step(task: str, run_id: str, experiment: str, imports: tuple[str, ...] = ()
         peak = peak_memory_bytes()
         seconds = time.monotonic() - started
         step.log_metrics({"wall_seconds": seconds, "step_peak_memory_bytes": peak})
-    record(task=task, wall_seconds=seconds, peak_memory_bytes=peak)
+    if run_id:  # a step on its own has no process that waits for figures
+        record(task=task, wall_seconds=seconds, peak_memory_bytes=peak)
 
 
 def check_recipe(
