@@ -14,16 +14,6 @@ from tuneline_pipelines.cli import main
 HEAVY = ("torch", "transformers", "peft", "mlflow", "datasets", "bitsandbytes")
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tuneline_pipelines.cli", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
-        check=False,
-    )
-
-
 @pytest.mark.parametrize("arguments", [["--help"], ["compile", "--out", "{out}"], ["schema"]])
 def test_help_and_compiling_import_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
     code = (
@@ -94,9 +84,10 @@ def test_an_error_is_one_sentence_and_an_exit_code(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_wrong_usage_exits_with_2() -> None:
-    done = run("prepare")
-    assert done.returncode == 2 and "--base-model" in done.stderr
+def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["prepare"])
+    assert caught.value.code == 2 and "--base-model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
