@@ -1,10 +1,14 @@
-"""The demo's test split shares no sentence clause, name or item word with training."""
+"""The demo's test split shares no sentence clause, name or item word with training; its model is whole."""
 
 import json
 import re
+from pathlib import Path
+
+import pytest
 
 from tuneline.data_prep.records import DEMO_SOURCES
-from tuneline.demo import orders
+from tuneline.demo import model, orders
+from tuneline.errors import ModelError
 
 
 def messages(chats: list[dict[str, object]]) -> list[tuple[str, dict[str, str]]]:
@@ -48,3 +52,17 @@ def test_every_field_stands_in_the_message() -> None:
 def test_the_same_seed_gives_the_same_rows() -> None:
     assert orders.generate(orders.TEST, 20, 5) == orders.generate(orders.TEST, 20, 5)
     assert orders.generate(orders.TEST, 20, 5) != orders.generate(orders.TEST, 20, 6)
+
+
+def test_a_cached_model_cut_short_is_made_again_and_a_changed_one_is_refused(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / model.FOLDER
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    assert model.converted_model(tmp_path) == folder
+    assert (folder / "model.safetensors").stat().st_size > 500_000_000
+    assert model.converted_model(tmp_path) == folder
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="changed or damaged"):
+        model.converted_model(tmp_path)

