@@ -2,7 +2,12 @@
 
 Whatever the source, the result is a local folder of safetensors weights and an identity that goes
 into every manifest: for a hub model the pinned commit, for a folder the SHA-256 of what decides
-its output. Pickle weights and remote code are refused.
+its output. Pickle weights are refused.
+
+A model that brings its own Python code is refused too, unless the reference pins that code:
+`FOLDER#code=sha256:...` says that somebody has read exactly these files. The pin is a part of the
+reference, so it stands in the recipe and travels to every step; the error of an unpinned model
+names the digest to write there.
 """
 
 from __future__ import annotations
@@ -11,15 +16,21 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tuneline.artifacts import digest_of_file
+from tuneline.artifacts import MANIFEST, digest_of_file
 from tuneline.errors import ModelError
 
 DEMO = "demo"
 HUB_SCHEME = "hf://"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_FROM_HUB = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*")
+CODE_PIN = "#code="
+_SMALL = (".json", ".jinja", ".model", ".txt", ".md", ".py", "")
+"""Suffixes of what travels with weights. Weights in any other format would travel along without
+the tuning."""
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
@@ -34,6 +45,13 @@ class BaseModel:
     """Commit of a hub model, empty for others."""
     digest: str
     """SHA-256 over configuration, weights and tokenizer: what decides the model's output."""
+    code: str = ""
+    """SHA-256 over the model's own Python files, pinned by the reference; empty for none."""
+
+    @property
+    def trusts_code(self) -> bool:
+        """Whether the model's own Python code is pinned, and therefore run."""
+        return bool(self.code)
 
     @property
     def name(self) -> str:
@@ -63,14 +81,16 @@ def resolve(reference: str) -> BaseModel:
     """Find a base model and bring it to local disk.
 
     Raises:
-        ModelError: it does not exist, its revision is not pinned, or it has no safetensors weights.
+        ModelError: it does not exist, its revision is not pinned, it has no safetensors weights, or
+            it has code of its own that is not pinned, or not the pinned one.
     """
+    reference, _, code = reference.partition(CODE_PIN)
     if reference == DEMO:
         from tuneline.demo.model import converted_model
 
         path, revision = converted_model(cache_dir()), ""
     elif reference.startswith(HUB_SCHEME):
-        path, revision = _from_hub(reference)
+        path, revision = _from_hub(reference, with_code=bool(code))
     else:
         path, revision = Path(reference).expanduser(), ""
         if not path.is_dir():
@@ -79,9 +99,47 @@ def resolve(reference: str) -> BaseModel:
                 f"{HUB_SCHEME}org/name@revision, or {DEMO}"
             )
     check_folder(path, reference)
+    _check_code(path, reference, code)
     if reference != DEMO and not revision:
         reference = path.resolve().name
-    return BaseModel(path, reference, revision, digest_of_folder(path))
+    return BaseModel(path, reference, revision, digest_of_folder(path), code)
+
+
+def _check_code(path: Path, reference: str, pinned: str) -> None:
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    auto_map = config.get("auto_map") or {}
+    if not auto_map and not pinned:
+        return
+    if not auto_map:
+        raise ModelError(
+            f"base model '{reference}' has no code of its own (no auto_map in config.json): remove "
+            f"{CODE_PIN}{pinned} from the reference"
+        )
+    if elsewhere := [str(v) for v in auto_map.values() if "--" in str(v)]:
+        raise ModelError(
+            f"base model '{reference}' takes its code from another repository ({elsewhere[0]}), "
+            "which no pin of this one covers: copy the code into the model's folder"
+        )
+    found = digest_of_code(path)
+    if not pinned:
+        raise ModelError(
+            f"base model '{reference}' brings its own Python code (auto_map in config.json), which "
+            f"is not run unless it is pinned: read its *.py files, then name it as "
+            f"'{reference}{CODE_PIN}{found}'"
+        )
+    if pinned != found:
+        raise ModelError(
+            f"base model '{reference}': its Python code has digest {found}, not the pinned "
+            f"{pinned}: read what changed before you pin it again"
+        )
+
+
+def digest_of_code(path: Path) -> str:
+    """SHA-256 over the names and digests of all Python files below a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*.py")):
+        digest.update(f"{file.relative_to(path).as_posix()} {digest_of_file(file)}\n".encode())
+    return "sha256:" + digest.hexdigest()
 
 
 def check_folder(path: Path, reference: str) -> None:
@@ -111,11 +169,6 @@ def check_folder(path: Path, reference: str) -> None:
             f"base model '{reference}' has no model.safetensors or index{found}: convert it with "
             "transformers' save_pretrained on a machine that you trust it on"
         )
-    if "auto_map" in config:
-        raise ModelError(
-            f"base model '{reference}' brings its own Python code (auto_map in config.json), "
-            "which tuneline does not run"
-        )
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ModelError(f"base model '{reference}' has no tokenizer: tokenizer.json is needed")
 
@@ -132,7 +185,54 @@ def digest_of_folder(path: Path) -> str:
     return "sha256:" + digest.hexdigest()
 
 
-def _from_hub(reference: str) -> tuple[Path, str]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers loads: those of the index, or the single one."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [folder / name for name in sorted(names)]
+    return [folder / "model.safetensors"]
+
+
+def stored_dtype(folder: Path) -> str:
+    """The coarsest floating-point dtype among the stored weights.
+
+    Raises:
+        ModelError: there is none of BF16, F16 and F32.
+    """
+    found: set[str] = set()
+    for path in weight_files(folder):
+        with path.open("rb") as reader:
+            header = json.loads(reader.read(int.from_bytes(reader.read(8), "little")))
+        found |= {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+    for code, name in (("BF16", "bfloat16"), ("F16", "float16"), ("F32", "float32")):
+        if code in found:
+            return name
+    raise ModelError(
+        f"{folder}: weights of dtype {', '.join(sorted(found))} can't be used; allowed are BF16, "
+        "F16 and F32"
+    )
+
+
+def copy_small_files(source: Path, target: Path) -> None:
+    """Copy configuration, tokenizer, chat template, code and licence; no weights, no index of them.
+
+    What is in `target` already stays.
+    """
+    for file in source.rglob("*"):
+        name = file.relative_to(source)
+        hidden = any(part.startswith(".") for part in name.parts)
+        nested = len(name.parts) > 1 and file.suffix != ".py"
+        if hidden or nested or not file.is_file() or file.suffix not in _SMALL:
+            continue
+        if file.name.endswith(".index.json") or file.name == MANIFEST:
+            continue
+        if not (target / name).exists():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target / name)
+
+
+def _from_hub(reference: str, *, with_code: bool) -> tuple[Path, str]:
     repository, _, revision = reference.removeprefix(HUB_SCHEME).partition("@")
     if not re.fullmatch(r"[\w.\-]+/[\w.\-]+", repository):
         raise ModelError(
@@ -155,7 +255,7 @@ def _from_hub(reference: str) -> tuple[Path, str]:
             repository,
             revision=revision,
             cache_dir=os.environ.get("HF_HUB_CACHE") or cache_dir() / "hub",
-            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*"],
+            allow_patterns=[*_FROM_HUB, *(["*.py"] if with_code else [])],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(

@@ -9,14 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar, Union
 
 from pydantic import Field, ValidationError, field_validator
 
 from tuneline.errors import RecipeError, did_you_mean
 from tuneline.finetune.methods import METHODS
 from tuneline.finetune.methods.lora import LoraSettings
+from tuneline.finetune.methods.method import Method, MethodSettings
 from tuneline.settings import Settings
+
+if TYPE_CHECKING:
+    AnyMethod = MethodSettings
+else:
+    AnyMethod = Annotated[
+        Union[tuple(method.config_class for method in METHODS)],  # noqa: UP007  a computed union
+        Field(discriminator="name"),
+    ]
 
 T = TypeVar("T", bound=Settings)
 
@@ -53,8 +62,8 @@ class TrainingSection(Settings):
 
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the training rows; fractions are allowed."""
-    learning_rate: float = Field(default=2e-4, gt=0, lt=10)
-    """Peak learning rate of AdamW."""
+    learning_rate: float | None = Field(default=None, gt=0, lt=10)
+    """Peak learning rate of AdamW; unset: the method's own, as `tuneline methods` shows."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Of the learning rate after warm-up."""
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
@@ -95,6 +104,14 @@ class GateSection(Settings):
     """Fewer test rows refuse the promotion."""
 
 
+class ExportSection(Settings):
+    """The form in which the tuned model leaves."""
+
+    form: Literal["auto", "merged", "packaged"] = "auto"
+    """`merged`: plain weights of the base's architecture. `packaged`: the base by reference and
+    the adapter beside it. `auto`: merged where the method can be."""
+
+
 class RegistrySection(Settings):
     """Where the model is registered."""
 
@@ -109,23 +126,77 @@ class Recipe(Settings):
 
     model: ModelSection
     data: DataSection
-    method: LoraSettings = LoraSettings()
+    method: AnyMethod = LoraSettings()
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
     gate: GateSection = GateSection()
+    export: ExportSection = ExportSection()
     registry: RegistrySection
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _lora_unless_named(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and "name" not in value:
+            return {"name": "lora", **value}
+        return value
 
 
 SECTIONS: Final = tuple(Recipe.model_fields)
 
 
 def resolve(values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
-    """Check all sections and fill in the defaults.
+    """Check all sections, and each against the others, and fill in the defaults.
 
     Raises:
         RecipeError: with every fault.
     """
-    return _validate(Recipe, values, source)
+    recipe = _validate(Recipe, values, source)
+    method = method_of(recipe.method)
+    check_form(method, recipe.export.form, source=source)
+    training = with_learning_rate(recipe.training, method)
+    return recipe.model_copy(update={"training": training})
+
+
+def method_of(settings: MethodSettings) -> Method:
+    """The row of METHODS that settings belong to."""
+    return next(method for method in METHODS if method.config_class is type(settings))
+
+
+def method_named(name: str) -> Method:
+    """The row of METHODS with this name.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    for method in METHODS:
+        if method.name == name:
+            return method
+    raise RecipeError("method", [unknown_method(name)])
+
+
+def with_learning_rate(training: TrainingSection, method: Method) -> TrainingSection:
+    """The training settings with the method's own learning rate where none is set."""
+    if training.learning_rate is not None:
+        return training
+    return training.model_copy(update={"learning_rate": method.learning_rate})
+
+
+def check_form(method: Method, form: str, *, source: str) -> None:
+    """Refuse an export that the method has no form for.
+
+    Raises:
+        RecipeError: merged weights are asked for and the method can't be merged.
+    """
+    if form == "merged" and not method.mergeable:
+        mergeable = ", ".join(m.name for m in METHODS if m.mergeable)
+        raise RecipeError(
+            source,
+            [
+                f"export.form: merged is not possible with method {method.name}, whose change has "
+                f"no equal form in the base's weights: use auto or packaged, or a method that "
+                f"merges ({mergeable})"
+            ],
+        )
 
 
 def check(settings: type[T], values: Mapping[str, Any], *, source: str) -> T:
@@ -137,17 +208,14 @@ def check(settings: type[T], values: Mapping[str, Any], *, source: str) -> T:
     return _validate(settings, values, source)
 
 
-def method_settings(values: Mapping[str, Any]) -> Settings:
+def method_settings(values: Mapping[str, Any]) -> MethodSettings:
     """The checked configuration of the method that `values["name"]` names.
 
     Raises:
         RecipeError: unknown method, or faults in its hyperparameters.
     """
-    name = values.get("name", "lora")
-    for method in METHODS:
-        if method.name == name:
-            return _validate(method.config_class, values, f"method {name}")
-    raise RecipeError("method", [unknown_method(str(name))])
+    method = method_named(str(values.get("name", "lora")))
+    return _validate(method.config_class, values, f"method {method.name}")
 
 
 def unknown_method(name: str) -> str:
@@ -233,15 +301,24 @@ def _validate(settings: type[T], values: Mapping[str, Any], source: str) -> T:
 
 
 def _fault(settings: type[Settings], error: Mapping[str, Any]) -> str:
-    *parents, last = error["loc"] or ("",)
-    where = ".".join(str(part) for part in error["loc"])
+    location = list(error["loc"]) or [""]
+    section: type[Settings] = settings
+    if error["type"].startswith("union_tag"):
+        return unknown_method(str(dict(error["input"]).get("name")))
+    if settings is Recipe and location[0] == "method" and len(location) > 2:
+        # pydantic puts the chosen method's name in front of the key
+        section = method_named(str(location.pop(1))).config_class
+    *parents, last = location
+    where = ".".join(str(part) for part in location)
     if error["type"] == "extra_forbidden":
-        allowed = _keys(settings, parents)
+        allowed = list(
+            section.model_fields if parents[:1] == ["method"] else _keys(settings, parents)
+        )
         hint = did_you_mean(str(last), allowed)
         return f"{where}: unknown key; keys here are {', '.join(allowed)}.{hint}"
     if error["type"] == "missing":
         return f"{where}: is required"
-    if where == "method.name":
+    if where == "name":
         return unknown_method(str(error["input"]))
     message = error["msg"].removeprefix("Value error, ")
     return f"{where}: {message[:1].lower()}{message[1:]}, got {error['input']!r}"

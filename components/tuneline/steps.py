@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError
 
 from tuneline import recipe
+from tuneline.base_model import cache_dir
 from tuneline.errors import EXIT_FAILED, EXIT_TERMINATED, RegistryError, Terminated, TunelineError
 from tuneline.progress import complain, peak_memory_bytes, record, report
 from tuneline.tracking import Step, finish_run, tracked
@@ -64,6 +65,8 @@ def _quiet_libraries() -> None:
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # a model's own pinned code is copied there before it is imported
+    os.environ.setdefault("HF_MODULES_CACHE", str(cache_dir() / "modules"))
     # peft 0.21 on transformers 5.23
     warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is deprecated")
 

@@ -1,4 +1,4 @@
-"""The demo's test split shares no sentence clause, name or item word with training; its model is whole."""
+"""The demo's test split shares no sentence clause, name or item word with training."""
 
 import json
 import re

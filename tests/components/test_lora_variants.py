@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tuneline.errors import MergeError, RecipeError
 from tuneline.finetune.loss import supervised_nll
@@ -31,6 +32,11 @@ BATCH = {
 }
 # fp32: PiSSA subtracts what it adds, DoRA divides by a norm and multiplies by it again
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
+
+
+def onto(adapter: Path) -> Callable[[PreTrainedModel], PeftModel]:
+    """Puts an adapter folder on a loaded base."""
+    return lambda base: PeftModel.from_pretrained(base, str(adapter))
 
 
 def load(folder: Path) -> torch.nn.Module:
@@ -95,7 +101,7 @@ def test_it_merges_and_the_proof_holds(tuned: PeftModel, tiny_model: Path, tmp_p
     merge_tensor, targets = open_merge(str(tmp_path / "adapter"))
     name = "model.safetensors"
     assert merge_shard(tiny_model / name, tmp_path / "merged" / name, merge_tensor) == targets
-    proof = prove(tiny_model, tmp_path / "adapter", tmp_path / "merged")
+    proof = prove(tiny_model, tmp_path / "merged", onto(tmp_path / "adapter"))
     assert proof.max_logit_diff < 1e-3 and proof.top1_agreement == 1.0
     torch.testing.assert_close(
         load(tmp_path / "merged")(TOKENS).logits, tuned(TOKENS).logits, **CLOSE

@@ -2,16 +2,24 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tuneline.base_model import stored_dtype, weight_files
 from tuneline.errors import MergeError
 from tuneline.finetune.methods.lora import LoraSettings, attach, open_merge
-from tuneline.merge.merge import merge_shard, prove, stored_dtype, weight_files
+from tuneline.merge.merge import merge_shard, prove
+
+
+def onto(adapter: Path) -> Callable[[PreTrainedModel], PeftModel]:
+    """Puts an adapter folder on a loaded base."""
+    return lambda base: PeftModel.from_pretrained(base, str(adapter))
 
 
 @pytest.fixture
@@ -68,10 +76,10 @@ def test_the_proof_holds_for_a_right_merge_and_catches_a_lost_one(
     tiny_model: Path, adapter: Path, tmp_path: Path
 ) -> None:
     folder, _ = merged_folder(tiny_model, adapter, tmp_path / "merged")
-    proof = prove(tiny_model, adapter, folder)
+    proof = prove(tiny_model, folder, onto(adapter))
     assert proof.max_logit_diff < 1e-3 and proof.top1_agreement == 1.0
     with pytest.raises(MergeError, match="the merged model is not the tuned one"):
-        prove(tiny_model, adapter, tiny_model)  # the tuning is lost
+        prove(tiny_model, tiny_model, onto(adapter))  # the tuning is lost
 
 
 def test_one_tensor_left_out_is_caught(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
@@ -81,7 +89,7 @@ def test_one_tensor_left_out_is_caught(tiny_model: Path, adapter: Path, tmp_path
     weights[name] = load_file(tiny_model / "model.safetensors")[name]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(MergeError, match="the merged model is not the tuned one"):
-        prove(tiny_model, adapter, folder)
+        prove(tiny_model, folder, onto(adapter))
 
 
 def test_a_base_cut_short_is_an_error(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
@@ -108,10 +116,10 @@ def test_a_base_stored_in_half_precision_is_judged_by_its_own_limits(
     AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype).save_pretrained(base)
     folder, _ = merged_folder(base, adapter, tmp_path / "merged")
     assert stored_dtype(folder) == str(dtype).removeprefix("torch.")
-    proof = prove(base, adapter, folder)
+    proof = prove(base, folder, onto(adapter))
     assert 0 < proof.max_logit_diff < proof.max_logit_diff_allowed
     with pytest.raises(MergeError, match="the merged model is not the tuned one"):
-        prove(base, adapter, base)
+        prove(base, base, onto(adapter))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -125,7 +133,7 @@ def test_a_weak_tuning_that_was_lost_is_caught_too(
     weak = {name: tensor * (0.001 if "lora_B" in name else 1) for name, tensor in weights.items()}
     save_file(weak, adapter / "adapter_model.safetensors", {"format": "pt"})
     with pytest.raises(MergeError, match=r"lost share of the tuning 1\.00"):
-        prove(base, adapter, base)
+        prove(base, base, onto(adapter))
 
 
 def test_a_conv1d_base_merges_as_pefts_own_does(tmp_path: Path) -> None:

@@ -41,8 +41,12 @@ class Tokens:
     supervised: list[int]
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, *, trust_code: bool = False) -> PreTrainedTokenizerBase:
     """A fast tokenizer with a chat template and an end-of-sequence token.
+
+    Args:
+        path: the model's folder.
+        trust_code: run the folder's own Python code, whose pin was checked.
 
     Raises:
         ModelError: it can't be loaded.
@@ -51,7 +55,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"the tokenizer of {path} can't be loaded: {type(error).__name__}: {error}"

@@ -69,7 +69,7 @@ def prepare(model_reference: str, data: DataSection, output: Path) -> Artifact:
         ModelError: the base model can't be used.
     """
     base = base_model.resolve(model_reference)
-    tokenizer = chat.load_tokenizer(str(base.path))
+    tokenizer = chat.load_tokenizer(str(base.path), trust_code=base.trusts_code)
     contract = Contract()
     with artifacts.writing(output) as aside:
         with ExitStack() as stack:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from tuneline import artifacts, base_model
 from tuneline.artifacts import Artifact
+from tuneline.base_model import BaseModel
 from tuneline.data_prep.prepare import CONTRACT, TEST_ROWS
 from tuneline.errors import ArtifactError
 from tuneline.evaluate.report import render_report
 from tuneline.progress import minutes, report, tick
 from tuneline.recipe import EvaluationSection, GateSection
 from tuneline.tracking import Step
+
+if TYPE_CHECKING:
+    import torch
 
 SCORES: Final = "scores.jsonl"
 REPORT: Final = "report.json"
@@ -43,7 +46,7 @@ def evaluate(
     check_lineage(adapter, base, dataset)
     rows = dataset.read_jsonl(TEST_ROWS)[: evaluation.max_rows]
     with artifacts.writing(output) as aside:
-        answers = _answer(base.path, adapter_dir, rows, evaluation)
+        answers = _answer(base, adapter, rows, evaluation)
         scores = _scores(rows, answers)
         with (aside / SCORES).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(score, ensure_ascii=False) + "\n" for score in scores)
@@ -94,7 +97,7 @@ def evaluate(
     return artifacts.load(output, "eval_report")
 
 
-def check_lineage(adapter: Artifact, base: base_model.BaseModel, dataset: Artifact | None) -> None:
+def check_lineage(adapter: Artifact, base: BaseModel, dataset: Artifact | None) -> None:
     """Refuse parts that were not made for each other.
 
     Raises:
@@ -115,33 +118,36 @@ def check_lineage(adapter: Artifact, base: base_model.BaseModel, dataset: Artifa
 
 
 def _answer(
-    base_path: Path, adapter_dir: Path, rows: list[dict[str, str]], evaluation: EvaluationSection
+    base: BaseModel, adapter: Artifact, rows: list[dict[str, str]], evaluation: EvaluationSection
 ) -> dict[str, list[str]]:
-    from peft import PeftModel
-    from transformers import AutoTokenizer
-
+    from tuneline.data_prep.chat import load_tokenizer
     from tuneline.evaluate.generate import generate_answers
-    from tuneline.finetune.train import load_base
+    from tuneline.finetune.load import load_base, load_tuned, stands_on_base
 
-    tokenizer = AutoTokenizer.from_pretrained(base_path)
+    tokenizer = load_tokenizer(str(base.path), trust_code=base.trusts_code)
     limit = evaluation.max_new_tokens or _longest_reference(tokenizer, rows)
-    model = PeftModel.from_pretrained(load_base(base_path), str(adapter_dir))
-    answers = {}
-    for name, context in (("base", model.disable_adapter), ("tuned", nullcontext)):
 
-        def progress(done: int, total: int, seconds: float, name: str = name) -> None:
+    def answer(name: str, model: torch.nn.Module) -> list[str]:
+        def progress(done: int, total: int, seconds: float) -> None:
             left = seconds / done * (total - done)
             tick(f"{name}: {done}/{total} answers  ETA {minutes(left)}")
 
-        with context():
-            answers[name] = generate_answers(
-                model,
-                tokenizer,
-                [row["prompt"] for row in rows],
-                batch_size=evaluation.batch_size,
-                max_new_tokens=limit,
-                on_batch=progress,
-            )
+        return generate_answers(
+            model,
+            tokenizer,
+            [row["prompt"] for row in rows],
+            batch_size=evaluation.batch_size,
+            max_new_tokens=limit,
+            on_batch=progress,
+        )
+
+    loaded = load_base(base.path, trust_code=base.trusts_code)
+    answers = {"base": answer("base", loaded)}
+    if stands_on_base(adapter):
+        answers["tuned"] = answer("tuned", load_tuned(base, adapter, loaded))
+    else:
+        del loaded  # two models at once would need twice the memory
+        answers["tuned"] = answer("tuned", load_tuned(base, adapter))
     return answers
 
 

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from tuneline import artifacts, base_model
 from tuneline.artifacts import Artifact
 from tuneline.base_model import BaseModel
-from tuneline.errors import ArtifactError, ModelError, TrainingError
-from tuneline.finetune.methods import METHODS, Method
+from tuneline.errors import ArtifactError, MethodError, TrainingError
+from tuneline.finetune.load import compute_dtype, load_base, parameter_count
+from tuneline.finetune.methods import Method
+from tuneline.finetune.methods.method import MethodSettings
 from tuneline.progress import report
-from tuneline.recipe import TrainingSection
-from tuneline.settings import Settings
+from tuneline.recipe import TrainingSection, method_of, with_learning_rate
 from tuneline.tracking import Step
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ HISTORY = "history.jsonl"
 def finetune(
     model_reference: str,
     dataset_dir: Path,
-    method_config: Settings,
+    method_config: MethodSettings,
     training: TrainingSection,
     output: Path,
     step: Step,
@@ -58,7 +59,8 @@ def finetune(
             f"({dataset.manifest.base_model['digest'][:19]}), not for {base.reference} "
             f"({base.digest[:19]}): prepare the data again"
         )
-    method = _method_of(method_config)
+    method = method_of(method_config)
+    training = with_learning_rate(training, method)
     with artifacts.writing(output) as aside:
         history = _train(base, dataset, method, method_config, training, aside, step)
         with (aside / HISTORY).open("w", encoding="utf-8") as file:
@@ -77,49 +79,19 @@ def finetune(
     return artifacts.load(output, "adapter")
 
 
-def _method_of(config: Settings) -> Method:
-    return next(method for method in METHODS if isinstance(config, method.config_class))
-
-
-def load_base(path: Path) -> PreTrainedModel:
-    """The base model in fp32 on CPU, in its own dtype on the first accelerator.
-
-    Raises:
-        ModelError: configuration or weights can't be loaded.
-    """
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    accelerated = torch.cuda.is_available()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            # bf16 arithmetic is several times slower than fp32 on CPUs without bf16 units
-            dtype="auto" if accelerated else torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ModelError(
-            f"{path} can't be loaded as a causal language model: {type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no details'}"
-        ) from error
-    return model.to(torch.device("cuda")) if accelerated else model  # pyright: ignore[reportArgumentType]
-
-
 def _train(
     base: BaseModel,
     dataset: Artifact,
     method: Method,
-    method_config: Settings,
+    method_config: MethodSettings,
     training: TrainingSection,
     output: Path,
     step: Step,
 ) -> list[dict[str, Any]]:
     import torch
-    from transformers import AutoTokenizer, TrainingArguments, set_seed
+    from transformers import TrainingArguments, set_seed
 
+    from tuneline.data_prep.chat import load_tokenizer
     from tuneline.finetune.batching import batches_of
     from tuneline.finetune.trainer import ProgressCallback, SupervisedTrainer
 
@@ -129,22 +101,20 @@ def _train(
             "CUDA_VISIBLE_DEVICES to one of them"
         )
     set_seed(training.seed)
-    frozen = load_base(base.path)
-    all_parameters = sum(p.numel() for p in frozen.parameters())
-    model = method.attach(frozen, method_config)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model, trainable, all_parameters = attach(base, method, method_config)
     report(
         f"{method.name}: {trainable:,} trainable of {all_parameters:,} parameters "
-        f"({trainable / all_parameters:.2%})"
+        f"({trainable / all_parameters:.3%})"
     )
-    tokenizer = AutoTokenizer.from_pretrained(base.path)
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    tokenizer = load_tokenizer(str(base.path), trust_code=base.trusts_code)
+    pad_token_id = tokenizer.pad_token_id
+    assert training.learning_rate is not None
     loaders = {
         split: batches_of(
             dataset,
             split,
             batch_tokens=training.batch_tokens,
-            pad_token_id=pad_token_id,
+            pad_token_id=pad_token_id if isinstance(pad_token_id, int) else 0,
             seed=training.seed if split == "train" else None,
         )
         for split in ("train", "validation")
@@ -163,6 +133,9 @@ def _train(
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
+        gradient_checkpointing=method.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=compute_dtype() is torch.bfloat16,
         eval_strategy="steps" if "validation" in loaders else "no",
         eval_steps=max(1, math.ceil(steps / training.evaluations)),
         logging_steps=min(math.ceil(steps / 40), 50),
@@ -205,25 +178,70 @@ def _train(
     return trainer.state.log_history
 
 
+def attach(
+    base: BaseModel, method: Method, config: MethodSettings
+) -> tuple[PeftModel | PreTrainedModel, int, int]:
+    """The base in memory with the method on it.
+
+    Returns:
+        The model, the number of parameters that train, and the number that the base has.
+
+    Raises:
+        MethodError: the method's options don't fit the model, or nothing would train.
+    """
+    import torch
+
+    loaded = load_base(
+        base.path,
+        trust_code=base.trusts_code,
+        quantization=config.quantization,
+        # a step of 1e-5 of a weight is lost in bf16's 8 bits of mantissa: what trains is fp32, and
+        # the arithmetic of an accelerator is bf16 by autocast
+        dtype=torch.float32 if method.stored_as == "model" else None,
+    )
+    total = parameter_count(loaded)
+    model = method.attach(loaded, config)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise MethodError(f"{method.name}: no parameter of {type(loaded).__name__} would train")
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    return model, sum(parameter.numel() for parameter in trained), total
+
+
 def _evaluate_at_end(trainer: Any, steps: int) -> None:
     evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if not evaluated or evaluated[-1] != steps:
         trainer.evaluate()
 
 
-def _save(model: PeftModel, method: Method, base: BaseModel, output: Path) -> None:
+def _save(
+    model: PeftModel | PreTrainedModel, method: Method, base: BaseModel, output: Path
+) -> None:
+    import torch
+
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not bool(parameter.isfinite().all()):
             raise TrainingError(
                 f"{name} is not finite after training: lower training.learning_rate"
             )
-    method.save(model, str(output))
+    if method.stored_as == "model":
+        dtype: torch.dtype = getattr(torch, base_model.stored_dtype(base.path))
+        model.to(dtype)  # pyright: ignore[reportArgumentType]
+        method.save(model, str(output))
+        base_model.copy_small_files(base.path, output)
+    else:
+        method.save(model, str(output))
+        _name_the_base(output, base)
+    (output / "README.md").unlink(missing_ok=True)  # peft's blank model card
+    trainer_folder = output / "trainer"
+    if trainer_folder.is_dir():
+        trainer_folder.rmdir()
+
+
+def _name_the_base(output: Path, base: BaseModel) -> None:
     # peft looks the base up where it lies; that place says nothing on another machine
     path = output / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": base.name, "revision": base.revision or None}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (output / "README.md").unlink(missing_ok=True)  # peft's blank model card
-    trainer_folder = output / "trainer"
-    if trainer_folder.is_dir():
-        trainer_folder.rmdir()

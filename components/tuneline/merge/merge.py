@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
@@ -24,11 +24,12 @@ from tuneline.evaluate.evaluate import check_lineage
 from tuneline.finetune.methods import METHODS
 from tuneline.finetune.methods.method import MergeTensor
 from tuneline.progress import report
-from tuneline.recipe import method_settings
+from tuneline.recipe import method_of, method_settings
 from tuneline.tracking import Step
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 PROOF: Final = "proof.json"
 _LOST_SHARE_ALLOWED: Final = 0.5
@@ -41,9 +42,6 @@ _LIMITS: Final = {"float32": (1e-2, 0.99), "bfloat16": (1.0, 0.95), "float16": (
 tens; fp32 sums in another order differ by about 1e-4 of that. Half precision rounds W + change
 itself (8 bits of mantissa in bf16, 11 in fp16), and the error grows through the layers: a bf16
 copy of SmolLM2-135M with the demo's adapter moved logits by up to 0.23."""
-_COPIED: Final = (".json", ".jinja", ".model", ".txt", ".md", "")
-"""Suffixes of configuration, tokenizer, template and licence. Weights in any other format would
-travel along without the tuning."""
 
 
 @dataclass(frozen=True)
@@ -70,16 +68,22 @@ def merge(model_reference: str, adapter_dir: Path, output: Path, step: Step) -> 
     adapter = artifacts.load(adapter_dir, "adapter")
     base = base_model.resolve(model_reference)
     check_lineage(adapter, base, None)
-    name = method_settings(adapter.manifest.config["method"]).model_dump()["name"]
-    method = next(m for m in METHODS if m.name == name)
+    method = method_of(method_settings(adapter.manifest.config["method"]))
     if method.open_merge is None:
         mergeable = ", ".join(m.name for m in METHODS if m.mergeable)
-        raise MergeError(f"method {name} can't be merged into weights; these can: {mergeable}")
+        raise MergeError(
+            f"method {method.name} can't be merged into weights; these can: {mergeable}"
+        )
+    from tuneline.finetune.load import load_tuned, stands_on_base
+
     merge_tensor, targets = method.open_merge(str(adapter_dir))
     with artifacts.writing(output) as aside:
-        _copy_small_files(base.path, aside)
+        base_model.copy_small_files(base.path, aside)
+        index = base.path / "model.safetensors.index.json"
+        if index.is_file():
+            shutil.copyfile(index, aside / index.name)
         merged: set[str] = set()
-        for shard in weight_files(base.path):
+        for shard in base_model.weight_files(base.path):
             merged |= merge_shard(shard, aside / shard.name, merge_tensor)
         if missing := sorted(targets - merged):
             raise MergeError(
@@ -87,7 +91,12 @@ def merge(model_reference: str, adapter_dir: Path, output: Path, step: Step) -> 
                 "adapter changes are not in its files): nothing was written"
             )
         report(f"merged {len(merged)} tensors")
-        proof = prove(base.path, adapter_dir, aside)
+        proof = prove(
+            base.path,
+            aside,
+            lambda loaded: load_tuned(base, adapter, loaded if stands_on_base(adapter) else None),
+            trust_code=base.trusts_code,
+        )
         (aside / PROOF).write_text(json.dumps(asdict(proof), indent=2) + "\n")
         artifacts.seal(
             aside,
@@ -107,38 +116,6 @@ def merge(model_reference: str, adapter_dir: Path, output: Path, step: Step) -> 
         f"{proof.top1_agreement:.4f} on {proof.positions} positions"
     )
     return artifacts.load(output, "merged_model")
-
-
-def _copy_small_files(source: Path, target: Path) -> None:
-    # configuration, tokenizer, chat template, generation config, licence, index of shards
-    for file in source.iterdir():
-        if file.is_file() and file.suffix in _COPIED and file.name[0] != ".":
-            shutil.copyfile(file, target / file.name)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers loads: those of the index, or the single one."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return [folder / name for name in sorted(names)]
-    return [folder / "model.safetensors"]
-
-
-def stored_dtype(folder: Path) -> str:
-    """The coarsest floating-point dtype among the stored weights."""
-    found: set[str] = set()
-    for path in weight_files(folder):
-        with path.open("rb") as reader:
-            header = json.loads(reader.read(int.from_bytes(reader.read(8), "little")))
-        found |= {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
-    for code, name in (("BF16", "bfloat16"), ("F16", "float16"), ("F32", "float32")):
-        if code in found:
-            return name
-    raise MergeError(
-        f"{folder}: weights of dtype {', '.join(sorted(found))} can't be merged; allowed are BF16, "
-        "F16 and F32"
-    )
 
 
 def merge_shard(source: Path, target: Path, merge_tensor: MergeTensor) -> set[str]:
@@ -183,8 +160,20 @@ def _stream(
         writer.write(raw)
 
 
-def prove(base_path: Path, adapter_dir: Path, merged_path: Path) -> Proof:
-    """Compare adapter-on-base with the merged model.
+def prove(
+    base_path: Path,
+    merged_path: Path,
+    tune: Callable[[PreTrainedModel], torch.nn.Module],
+    *,
+    trust_code: bool = False,
+) -> Proof:
+    """Compare the tuned model with the merged one.
+
+    Args:
+        base_path: the base's folder.
+        merged_path: the merged model's folder.
+        tune: gives the tuned model; it may put the adapter on the loaded base that it is given.
+        trust_code: run the folders' own Python code, whose pin was checked.
 
     Raises:
         MergeError: a limit is broken.
@@ -192,22 +181,20 @@ def prove(base_path: Path, adapter_dir: Path, merged_path: Path) -> Proof:
     import gc
 
     import torch
-    from peft import PeftModel
 
-    from tuneline.finetune.train import load_base
+    from tuneline.finetune.load import load_base
 
-    base = load_base(base_path)
+    loaded = load_base(base_path, trust_code=trust_code)
     # rounding happens where the merged weights are stored, whatever they are computed in
-    dtype = stored_dtype(base_path)
+    dtype = base_model.stored_dtype(base_path)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(base.config.vocab_size, _PROOF_SHAPE, generator=generator)
-    tuned = PeftModel.from_pretrained(base, str(adapter_dir))
+    tokens = torch.randint(loaded.config.vocab_size, _PROOF_SHAPE, generator=generator)
+    untuned = _logits(loaded, tokens)
+    tuned = tune(loaded)
     expected = _logits(tuned, tokens)
-    with tuned.disable_adapter():
-        untuned = _logits(tuned, tokens)
-    del base, tuned
+    del loaded, tuned
     gc.collect()
-    actual = _logits(load_base(merged_path), tokens)
+    actual = _logits(load_base(merged_path, trust_code=trust_code), tokens)
     limit, agreement_needed = _LIMITS[dtype]
     change = float((expected - untuned).abs().mean())
     error = float((expected - actual).abs().mean())

@@ -77,7 +77,7 @@ def check_loads(client: MlflowClient, version: ModelVersion) -> None:
     import torch
 
     from tuneline.errors import ArtifactError
-    from tuneline.finetune.train import load_base
+    from tuneline.finetune.load import load_base
 
     uri = client.get_model_version_download_uri(version.name, version.version)
     folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{uri}/model"))

@@ -4,9 +4,9 @@ W x becomes W x + (alpha / rank) B A x, with A in R^(rank x in) drawn at random 
 R^(out x rank) zero, so that the model is unchanged at step 0. Hu et al. 2021, "LoRA: Low-Rank
 Adaptation of Large Language Models", section 4.1.
 
-Attention projections q and v are the targets of the paper (section 4.2, and 7.1 for why);
+Query and value projections are the targets of the paper (section 4.2, and 7.1 for why);
 `all-linear` also adapts the FFN, which QLoRA (Dettmers et al. 2023, section 4) found necessary
-to match full fine-tuning.
+to match full fine-tuning. The learning rate is the paper's for GPT-3 (table 12).
 
 Variants, which combine unless said otherwise:
 
@@ -35,8 +35,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tuneline.errors import MergeError, MethodError, did_you_mean
-from tuneline.finetune.methods.method import MergeTensor, Method
-from tuneline.settings import Settings
+from tuneline.finetune.methods.method import MergeTensor, Method, MethodSettings
+from tuneline.finetune.methods.structure import (
+    decoder_blocks,
+    last_names,
+    linear_layers,
+    short_targets,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -45,25 +50,37 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ALL_LINEAR = "all-linear"
-_PUBLISHED_TARGETS = ("q_proj", "v_proj")
+QUERY_VALUE = "query-value"
 
 
-class LoraSettings(Settings):
-    """Hyperparameters of LoRA."""
+class LowRankSettings(MethodSettings):
+    """What LoRA has with and without a quantized base."""
 
-    name: Literal["lora"] = "lora"
     rank: int = Field(default=8, ge=1, le=1024)
     """Rank of the change; trainable parameters grow with it linearly."""
     alpha: float = Field(default=16.0, gt=0)
     """The change is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability of zeroing an input element of the low-rank branch while training."""
-    target_modules: tuple[str, ...] = Field(default=_PUBLISHED_TARGETS, min_length=1)
-    """Names of the linear modules to adapt, or ["all-linear"] for each one but the output layer."""
+    target_modules: tuple[str, ...] = Field(default=(QUERY_VALUE,), min_length=1)
+    """Names of the linear modules to adapt; or ["query-value"], however the model calls them; or
+    ["all-linear"] for each one but the output layer."""
     layers: tuple[int, ...] = ()
     """[first, end) of the blocks to adapt, all when empty. Blocks below the first keep no
     autograd graph: adapting the upper half saves about a quarter of a step's time."""
 
+    @field_validator("layers")
+    @classmethod
+    def _range(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(value) not in (0, 2):
+            raise ValueError("must be [first, end) or empty")
+        return value
+
+
+class LoraSettings(LowRankSettings):
+    """Hyperparameters of LoRA."""
+
+    name: Literal["lora"] = "lora"
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank)."""
     use_dora: bool = False
@@ -81,25 +98,27 @@ class LoraSettings(Settings):
                 raise ValueError(f"init_weights pissa can't be combined with {name}")
         return self
 
-    @field_validator("layers")
-    @classmethod
-    def _range(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if len(value) not in (0, 2):
-            raise ValueError("must be [first, end) or empty")
-        return value
 
-
-def linear_module_names(model: PreTrainedModel) -> list[str]:
-    """Last name parts of the model's linear modules, output layer aside, in the model's order."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    output = model.get_output_embeddings()
-    names: dict[str, None] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and module is not output:
-            names[name.rsplit(".", 1)[-1]] = None
-    return list(names)
+def _targets(model: PreTrainedModel, chosen: tuple[str, ...], method: str) -> list[str]:
+    linear = linear_layers(model)
+    if chosen == (QUERY_VALUE,):
+        wanted = [name for block in decoder_blocks(model) for name in block.query_value]
+        return short_targets(model, wanted)
+    names = last_names(linear)
+    if chosen == (ALL_LINEAR,):
+        output = model.get_output_embeddings()
+        same = [n for n, m in model.named_modules() if m is output]
+        # an output layer that shares its last name with others is left out by full names
+        return linear if set(last_names(same)) & set(names) else names
+    unknown = [name for name in chosen if name not in names and name not in linear]
+    if unknown:
+        raise MethodError(
+            f"{method}: target_modules {unknown} match no linear module of "
+            f"{type(model).__name__}; linear modules are {', '.join(names)}, or use "
+            f"[{QUERY_VALUE}] or [{ALL_LINEAR}]."
+            f"{did_you_mean(unknown[0], [*names, QUERY_VALUE, ALL_LINEAR])}"
+        )
+    return list(chosen)
 
 
 def _is_transposed(model: PreTrainedModel, targets: list[str]) -> bool:
@@ -108,40 +127,44 @@ def _is_transposed(model: PreTrainedModel, targets: list[str]) -> bool:
     return any(
         isinstance(module, Conv1D)
         for name, module in model.named_modules()
-        if name.rsplit(".", 1)[-1] in targets
+        if name in targets or name.rsplit(".", 1)[-1] in targets
     )
 
 
-def _check_layers(layers: tuple[int, ...], model: PreTrainedModel) -> list[int]:
+def _check_layers(layers: tuple[int, ...], model: PreTrainedModel, method: str) -> list[int]:
     first, end = layers
-    count = int(model.config.num_hidden_layers)
+    count = len(decoder_blocks(model))
     if not 0 <= first < end <= count:
         raise MethodError(
-            f"lora: layers [{first}, {end}] is no range of the model's {count} blocks: "
+            f"{method}: layers [{first}, {end}] is no range of the model's {count} blocks: "
             f"give [first, end) with 0 <= first < end <= {count}"
         )
     return list(range(first, end))
 
 
-def attach(model: PreTrainedModel, config: Settings) -> PeftModel:
+def attach_low_rank(
+    model: PreTrainedModel, config: LowRankSettings, method: str, **variant: Any
+) -> PeftModel:
     """Freeze the base and add LoRA branches.
+
+    Args:
+        model: the base.
+        config: rank, scale, targets.
+        method: as errors name it.
+        variant: further options of peft's LoraConfig.
 
     Raises:
         MethodError: a target names no linear module, or `layers` is out of range.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    assert isinstance(config, LoraSettings)
-    linear = linear_module_names(model)
-    targets = linear if config.target_modules == (ALL_LINEAR,) else list(config.target_modules)
-    unknown = [name for name in targets if name not in linear]
-    if unknown:
-        raise MethodError(
-            f"lora: target_modules {unknown} match no linear module of {type(model).__name__}; "
-            f"linear modules are {', '.join(linear)}, or use [{ALL_LINEAR}]."
-            f"{did_you_mean(unknown[0], [*linear, ALL_LINEAR])}"
-        )
-    pissa = config.init_weights == "pissa"
+    targets = _targets(model, config.target_modules, method)
+    layers = None
+    if config.layers:
+        layers = _check_layers(config.layers, model, method)
+        if any("." in name for name in targets):
+            blocks = tuple(f"{decoder_blocks(model)[index].name}." for index in layers)
+            targets, layers = [name for name in targets if name.startswith(blocks)], None
     tuned = get_peft_model(
         model,
         LoraConfig(
@@ -151,13 +174,35 @@ def attach(model: PreTrainedModel, config: Settings) -> PeftModel:
             lora_dropout=config.dropout,
             target_modules=targets,
             fan_in_fan_out=_is_transposed(model, targets),
-            layers_to_transform=_check_layers(config.layers, model) if config.layers else None,
-            use_rslora=config.use_rslora,
-            use_dora=config.use_dora,
-            init_lora_weights="pissa_niter_16" if pissa else True,  # pyright: ignore[reportArgumentType]
+            layers_to_transform=layers,
+            layers_pattern=_layers_pattern(model) if layers else None,
+            **variant,
         ),
     )
     assert isinstance(tuned, PeftModel)
+    return tuned
+
+
+def _layers_pattern(model: PreTrainedModel) -> str:
+    return decoder_blocks(model)[0].name.split(".")[-2]
+
+
+def attach(model: PreTrainedModel, config: MethodSettings) -> PeftModel:
+    """Freeze the base and add LoRA branches of the chosen variant.
+
+    Raises:
+        MethodError: a target names no linear module, or `layers` is out of range.
+    """
+    assert isinstance(config, LoraSettings)
+    pissa = config.init_weights == "pissa"
+    tuned = attach_low_rank(
+        model,
+        config,
+        "lora",
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights="pissa_niter_16" if pissa else True,
+    )
     if pissa:
         _keep_initial(tuned)
     return tuned
@@ -176,8 +221,11 @@ def _keep_initial(tuned: PeftModel) -> None:
     setattr(tuned, _INITIAL, tensors)
 
 
-def save(model: PeftModel, folder: str) -> None:
+def save(model: PeftModel | PreTrainedModel, folder: str) -> None:
     """Write the adapter; a PiSSA one as a LoRA of twice the rank on the original base."""
+    from peft import PeftModel
+
+    assert isinstance(model, PeftModel)
     initial: dict[str, torch.Tensor] | None = getattr(model, _INITIAL, None)
     if initial is None:
         model.save_pretrained(folder, safe_serialization=True)
@@ -205,8 +253,8 @@ def _assign(model: PeftModel, values: dict[str, torch.Tensor]) -> None:
 
 
 def create_optimizer(
-    model: PeftModel,
-    config: Settings,
+    model: PeftModel | PreTrainedModel,
+    config: MethodSettings,
     optimizer_class: type[Optimizer],
     options: dict[str, Any],
 ) -> Optimizer | None:
@@ -218,7 +266,7 @@ def create_optimizer(
 
     options = dict(options)
     return create_loraplus_optimizer(
-        model,
+        model,  # pyright: ignore[reportArgumentType]  # a PeftModel, as attach gave it
         optimizer_class,
         lr=options.pop("lr"),
         loraplus_lr_ratio=config.lora_plus_ratio,
@@ -299,6 +347,7 @@ METHOD = Method(
     name="lora",
     title="LoRA: low-rank change of linear layers",
     config_class=LoraSettings,
+    learning_rate=2e-4,
     attach=attach,
     open_merge=open_merge,
     save=save,

@@ -1,0 +1,128 @@
+"""Models in memory: a base in 32, 16 or 4 bits, and what was tuned on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuneline.artifacts import Artifact
+from tuneline.base_model import BaseModel
+from tuneline.errors import ModelError
+from tuneline.finetune.methods.method import Quantization
+from tuneline.recipe import method_of, method_settings
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+def load_base(
+    path: Path,
+    *,
+    trust_code: bool = False,
+    quantization: Quantization | None = None,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """A causal LM on the first accelerator, else on CPU.
+
+    Args:
+        path: a folder with configuration and safetensors weights.
+        trust_code: run the folder's own Python code, which `base_model.resolve` has checked
+            against its pinned digest.
+        quantization: load the linear layers in 4 bits.
+        dtype: of the weights; None: fp32 on CPU, the files' own on an accelerator.
+
+    Raises:
+        ModelError: configuration or weights can't be loaded.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    accelerated = torch.cuda.is_available()
+    device = torch.device("cuda" if accelerated else "cpu")
+    options: dict[str, Any] = {}
+    if quantization is not None:
+        dtype = compute_dtype()
+        options = {
+            "quantization_config": _bitsandbytes(quantization, dtype),
+            "device_map": {"": device},
+        }
+    elif dtype is None and not accelerated:
+        dtype = torch.float32
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype if dtype is not None else "auto",
+            use_safetensors=True,
+            trust_remote_code=trust_code,
+            **options,
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(
+            f"{path} can't be loaded as a causal language model: {type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no details'}"
+        ) from error
+    if quantization is not None:
+        return model
+    return model.to(device)  # pyright: ignore[reportArgumentType]
+
+
+def compute_dtype() -> torch.dtype:
+    """bf16 on accelerators that have it; else fp32, since CPUs without bf16 units lose by it."""
+    import torch
+
+    accelerated = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if accelerated else torch.float32
+
+
+def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=quantization.double,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def stands_on_base(adapter: Artifact) -> bool:
+    """Whether the tuned model is the base in 32 or 16 bits with something on it."""
+    settings = method_settings(adapter.manifest.config["method"])
+    return method_of(settings).stored_as == "adapter" and settings.quantization is None
+
+
+def load_tuned(
+    base: BaseModel, adapter: Artifact, loaded_base: PreTrainedModel | None = None
+) -> PeftModel | PreTrainedModel:
+    """The tuned model as it was trained: on a 4-bit base where the method used one.
+
+    Args:
+        base: what the adapter was trained on.
+        adapter: of kind `adapter`.
+        loaded_base: the base if it is in memory already and `stands_on_base`; it is changed.
+
+    Raises:
+        ModelError: the weights can't be loaded.
+    """
+    settings = method_settings(adapter.manifest.config["method"])
+    method = method_of(settings)
+    if method.stored_as == "model":
+        return load_base(adapter.path, trust_code=base.trusts_code)
+    if loaded_base is None:
+        loaded_base = load_base(
+            base.path, trust_code=base.trusts_code, quantization=settings.quantization
+        )
+    return method.load(loaded_base, str(adapter.path))
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of weights, of a 4-bit tensor those that it stands for (it packs two in a byte)."""
+    total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        total += state.shape.numel() if state is not None else parameter.numel()
+    return total

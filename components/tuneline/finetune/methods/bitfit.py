@@ -1,0 +1,114 @@
+"""BitFit: only bias terms train.
+
+y = W x + b becomes y = W x + b + d, with d = 0 at step 0 and W, b frozen. Ben Zaken et al. 2022,
+"BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",
+section 3; the learning rate is the largest of the range that the paper searches (appendix A.2).
+
+The trained biases are those of the linear layers. Biases of LayerNorm, where a family has them,
+stay as they are.
+
+Many language models have no biases at all, where setting "bias terms only" trains nothing and says
+so nowhere. There every linear layer of the blocks gets a zero bias (or the run is refused, by
+`missing_biases`): the model computes the same until the first step. Such an adapter can't be
+merged, since the base's architecture has no place for it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tuneline.errors import MergeError, MethodError
+from tuneline.finetune.methods.method import FourBitSettings, MergeTensor, Method, MethodSettings
+from tuneline.finetune.methods.structure import linear_layers, short_targets
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+class BitfitSettings(FourBitSettings):
+    """Hyperparameters of BitFit."""
+
+    name: Literal["bitfit"] = "bitfit"
+    missing_biases: Literal["add", "refuse"] = "add"
+    """On a model without any bias: `add` zero biases to every linear layer, or `refuse`."""
+
+
+def attach(model: PreTrainedModel, config: MethodSettings) -> PeftModel:
+    """Freeze the base and add a trained offset to its biases.
+
+    Raises:
+        MethodError: the model has no biases and `missing_biases` is `refuse`.
+    """
+    from peft import BeftConfig, PeftModel, get_peft_model
+    from torch import nn
+
+    assert isinstance(config, BitfitSettings)
+    layers = linear_layers(model)
+    if transposed := [n for n in layers if not isinstance(model.get_submodule(n), nn.Linear)]:
+        raise MethodError(
+            f"bitfit: {transposed[0]} of {type(model).__name__} is a Conv1D, whose bias it can't "
+            "train; use lora, ia3 or full"
+        )
+    targets = [name for name in layers if model.get_submodule(name).bias is not None]
+    if not targets and config.missing_biases == "refuse":
+        raise MethodError(
+            f"bitfit: {type(model).__name__} has no bias terms, so nothing would train: set "
+            "method.missing_biases to add, which adds zero biases, or use lora or ia3"
+        )
+    with warnings.catch_warnings():
+        # what has no bias can't be merged: open_merge says so in our words
+        warnings.filterwarnings("ignore", message="Detected that the base layer has no bias")
+        tuned = get_peft_model(
+            model,
+            BeftConfig(
+                task_type="CAUSAL_LM", target_modules=short_targets(model, targets or layers)
+            ),
+        )
+    assert isinstance(tuned, PeftModel)
+    return tuned
+
+
+def open_merge(adapter_dir: str) -> tuple[MergeTensor, frozenset[str]]:
+    """The merge function of an adapter folder: b + d in fp32.
+
+    Raises:
+        MergeError: the adapter has parts beyond bias offsets.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(adapter_dir)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if config.get("modules_to_save"):
+        raise MergeError(
+            f"{adapter_dir}: modules_to_save={config['modules_to_save']!r} can't be merged tensor "
+            "by tensor"
+        )
+    offsets: dict[str, torch.Tensor] = {}
+    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        match = re.fullmatch(r"base_model\.model\.(.+)\.beft_bias", key)
+        if match is None:
+            raise MergeError(f"{adapter_dir}: tensor {key} is not a bias offset")
+        offsets[f"{match[1]}.bias"] = tensor.float().flatten()
+
+    def merge(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name not in offsets:
+            return tensor
+        return (tensor.float() + offsets[name]).to(tensor.dtype)
+
+    return merge, frozenset(offsets)
+
+
+METHOD = Method(
+    name="bitfit",
+    title="BitFit: bias terms only",
+    config_class=BitfitSettings,
+    learning_rate=1e-3,
+    attach=attach,
+    open_merge=open_merge,
+)
