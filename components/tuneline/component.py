@@ -1,28 +1,25 @@
-"""KFP component: the recipe is checked as a whole, on a CPU node, before anything else runs."""
+"""KFP components: a recipe is checked as a whole, on a CPU node, before anything else runs."""
 
-from kfp import dsl
+from typing import Any
 
-from tuneline.images import TUNELINE
+from tuneline.finetune.methods import Method
+from tuneline.generated import component, signature_of, values_of
 
 
-@dsl.component(base_image=TUNELINE, install_kfp_package=False)
+def check_recipe(method: Method) -> Any:
+    """The component `check_recipe` with the hyperparameters of `method`."""
+    return component(
+        "check_recipe",
+        f'''
 def check_recipe(
     run_id: str,
     base_model: str,
     data: dict,
-    method: str,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    target_modules: list,
-    layers: list,
-    use_rslora: bool,
-    use_dora: bool,
-    init_weights: str,
-    lora_plus_ratio: float,
+    {signature_of(method)}
     training: dict,
     evaluation: dict,
     gate: dict,
+    export: dict,
     registry: dict,
     experiment: str,
 ) -> dict:
@@ -32,25 +29,17 @@ def check_recipe(
     return steps.guard(
         steps.check_recipe,
         base_model=base_model,
-        sections={
+        sections={{
             "data": data,
-            "method": {
-                "name": method,
-                "rank": rank,
-                "alpha": alpha,
-                "dropout": dropout,
-                "target_modules": target_modules,
-                "layers": layers,
-                "use_rslora": use_rslora,
-                "use_dora": use_dora,
-                "init_weights": init_weights,
-                "lora_plus_ratio": lora_plus_ratio,
-            },
+            "method": {values_of(method)},
             "training": training,
             "evaluation": evaluation,
             "gate": gate,
-            "registry": {**registry, "experiment": experiment},
-        },
+            "export": export,
+            "registry": {{**registry, "experiment": experiment}},
+        }},
         run_id=run_id,
         experiment=experiment,
+    )
+''',
     )

@@ -169,11 +169,17 @@ def evaluate(
 
 
 def merge(
-    base_model: str, adapter: str, output: str, run_id: str = "", experiment: str = ""
+    base_model: str,
+    adapter: str,
+    export: Mapping[str, Any],
+    output: str,
+    run_id: str = "",
+    experiment: str = "",
 ) -> None:
     """An Adapter to a MergedModel."""
     from tuneline.merge.merge import merge as merge_adapter
 
+    recipe.check(recipe.ExportSection, export, source="export")
     with _step("merge", run_id, experiment, _TORCH) as step:
         merge_adapter(base_model, Path(adapter), Path(output), step)
 

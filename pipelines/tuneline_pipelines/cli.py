@@ -239,6 +239,7 @@ def _add_merge(commands: Any) -> None:
     merge = commands.add_parser("merge", help="base + Adapter -> MergedModel")
     merge.add_argument("--base-model", **_BASE_MODEL)
     merge.add_argument("--adapter", required=True, metavar="DIR", help="an Adapter")
+    _add_set(merge, "key=value")
     merge.add_argument("--output", **_OUTPUT)
     merge.set_defaults(command=_merge)
 
@@ -246,7 +247,8 @@ def _add_merge(commands: Any) -> None:
 def _merge(options: argparse.Namespace) -> int:
     from tuneline import steps
 
-    steps.merge(options.base_model, options.adapter, str(options.output))
+    export = _section("export", options.overrides, {})
+    steps.merge(options.base_model, options.adapter, export, str(options.output))
     return 0
 
 

@@ -15,10 +15,11 @@ def compile_pipelines(out: Path) -> list[Path]:
     """
     from kfp.compiler import Compiler
 
+    from tuneline.finetune.methods import METHODS
     from tuneline_pipelines import finetune, resources
 
     written = []
-    for pipeline in (finetune.build(resources.on_cluster),):
+    for pipeline in (finetune.build(resources.on_cluster, method) for method in METHODS):
         path = out / f"{pipeline.name}.yaml"
         aside = out / f"{pipeline.name}.partial.yaml"
         try:

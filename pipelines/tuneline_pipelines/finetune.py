@@ -1,20 +1,26 @@
-"""The pipeline `finetune`: raw rows to a promoted model, compiled for the cluster or run locally.
+"""The pipelines `finetune-METHOD`: raw rows to a promoted model, compiled for the cluster or run
+locally.
 
-One function for both; the only difference is how its tasks are placed.
+One function for both places and for all methods: its signature is written from the method's
+settings, so that the run form shows that method's own hyperparameters with their types.
 """
 
 # KFP types a component as the plain function that it decorates
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportOptionalMemberAccess=false
-from typing import NamedTuple
+import inspect
+from typing import Any, NamedTuple
 
 from kfp import dsl
 
 from tuneline.component import check_recipe
 from tuneline.data_prep.component import prepare_data
 from tuneline.evaluate.component import evaluate
-from tuneline.finetune.component import finetune_lora
+from tuneline.finetune.component import finetune
+from tuneline.finetune.methods import Method
+from tuneline.generated import parameters_of
 from tuneline.merge.component import merge
+from tuneline.recipe import check_form
 from tuneline.register.component import promote, register
 from tuneline_pipelines.resources import Place
 
@@ -29,67 +35,36 @@ class Outputs(NamedTuple):
     alias: str
 
 
-def build(place: Place) -> dsl.base_component.BaseComponent:
-    """The pipeline with each task placed by `place`."""
+def build(place: Place, method: Method, form: str = "auto") -> dsl.base_component.BaseComponent:
+    """The pipeline of one method with each task placed by `place`.
 
-    @dsl.pipeline(
-        name="finetune",
-        description="Prepare data, fine-tune with LoRA, evaluate base against tuned, merge, "
-        "register, promote if the gate passes.",
-    )
-    def finetune(
-        base_model: str,
-        data: dict,
-        registry: dict,
-        rank: int = 8,
-        alpha: float = 16.0,
-        dropout: float = 0.0,
-        target_modules: list = ["q_proj", "v_proj"],  # noqa: B006  KFP reads defaults into the spec
-        layers: list = [],  # noqa: B006
-        use_rslora: bool = False,
-        use_dora: bool = False,
-        init_weights: str = "zero",
-        lora_plus_ratio: float = 1.0,
-        training: dict = {},  # noqa: B006
-        evaluation: dict = {},  # noqa: B006
-        gate: dict = {},  # noqa: B006
-        experiment: str = "tuneline",
-    ) -> Outputs:
-        """The parameters are the sections of a recipe; the method's hyperparameters are typed."""
+    Args:
+        place: gives a task what it needs.
+        method: whose hyperparameters become parameters.
+        form: default of `export.form`.
+
+    Raises:
+        RecipeError: the method can't be exported in that form.
+    """
+    check_form(method, form, source=f"pipeline finetune-{method.name}")
+    check_recipe_of_method, finetune_with_method = check_recipe(method), finetune(method)
+    hyperparameters = [parameter.name for parameter in parameters_of(method)]
+
+    def run(**given: Any) -> Outputs:
         run_id = dsl.PIPELINE_JOB_ID_PLACEHOLDER
-        method = {
-            "rank": rank,
-            "alpha": alpha,
-            "dropout": dropout,
-            "target_modules": target_modules,
-            "layers": layers,
-            "use_rslora": use_rslora,
-            "use_dora": use_dora,
-            "init_weights": init_weights,
-            "lora_plus_ratio": lora_plus_ratio,
-        }
-        checked = check_recipe(
-            run_id=run_id,
-            base_model=base_model,
-            data=data,
-            method="lora",
-            **method,
-            training=training,
-            evaluation=evaluation,
-            gate=gate,
-            registry=registry,
-            experiment=experiment,
-        )
+        base_model, experiment = given["base_model"], given["experiment"]
+        typed = {name: given[name] for name in hyperparameters}
+        checked = check_recipe_of_method(run_id=run_id, **given)
         prepared = prepare_data(
-            run_id=run_id, experiment=experiment, base_model=base_model, data=data
+            run_id=run_id, experiment=experiment, base_model=base_model, data=given["data"]
         ).after(checked)
-        tuned = finetune_lora(
+        tuned = finetune_with_method(
             run_id=run_id,
             experiment=experiment,
             base_model=base_model,
             dataset=prepared.outputs["dataset"],
-            **method,
-            training=training,
+            **typed,
+            training=given["training"],
         )
         evaluated = evaluate(
             run_id=run_id,
@@ -97,8 +72,8 @@ def build(place: Place) -> dsl.base_component.BaseComponent:
             base_model=base_model,
             adapter=tuned.outputs["adapter"],
             dataset=prepared.outputs["dataset"],
-            evaluation=evaluation,
-            gate=gate,
+            evaluation=given["evaluation"],
+            gate=given["gate"],
         )
         # merging waits for the evaluation: a model is never registered before it is evaluated
         merged = merge(
@@ -106,16 +81,20 @@ def build(place: Place) -> dsl.base_component.BaseComponent:
             experiment=experiment,
             base_model=base_model,
             adapter=tuned.outputs["adapter"],
+            export=given["export"],
         ).after(evaluated)
         registered = register(
             run_id=run_id,
             experiment=experiment,
             model=merged.outputs["model"],
             eval_report=evaluated.outputs["eval_report"],
-            registry=registry,
+            registry=given["registry"],
         )
         promoted = promote(
-            run_id=run_id, experiment=experiment, registry=registry, version=registered.output
+            run_id=run_id,
+            experiment=experiment,
+            registry=given["registry"],
+            version=registered.output,
         )
         for task in (checked, prepared, tuned, evaluated, merged, registered, promoted):
             place(task)
@@ -130,4 +109,37 @@ def build(place: Place) -> dsl.base_component.BaseComponent:
             alias=promoted.output,
         )
 
-    return finetune
+    signature = _signature(method, form)
+
+    def pipeline(*values: Any) -> Outputs:
+        return run(**dict(zip(signature.parameters, values, strict=True)))
+
+    # KFP reads the inputs from the signature and hands the values over in its order
+    pipeline.__signature__ = signature
+    return dsl.pipeline(
+        name=f"finetune-{method.name.replace('_', '-')}",
+        description=f"{method.title}. Prepare data, fine-tune, evaluate base against tuned, "
+        "export, register, promote if the gate passes. The parameters are the sections of a "
+        "recipe; the method's hyperparameters are typed.",
+    )(pipeline)
+
+
+def _signature(method: Method, form: str) -> inspect.Signature:
+    def parameter(name: str, annotation: type, default: Any = inspect.Parameter.empty) -> Any:
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        return inspect.Parameter(name, kind, annotation=annotation, default=default)
+
+    return inspect.Signature(
+        [
+            parameter("base_model", str),
+            parameter("data", dict),
+            parameter("registry", dict),
+            *parameters_of(method),
+            parameter("training", dict, {}),
+            parameter("evaluation", dict, {}),
+            parameter("gate", dict, {}),
+            parameter("export", dict, {"form": form}),
+            parameter("experiment", str, "tuneline"),
+        ],
+        return_annotation=Outputs,
+    )

@@ -22,7 +22,7 @@ from typing import Any, Final, TextIO
 
 from tuneline.errors import Terminated, TunelineError
 from tuneline.progress import RECORD_PREFIX, REPORT_PREFIX, TICK_PREFIX, peak_memory_bytes
-from tuneline.recipe import Recipe
+from tuneline.recipe import Recipe, method_of
 from tuneline.tracking import safe_uri
 
 SUMMARY: Final = "summary.json"
@@ -145,7 +145,7 @@ def _run(recipe: Recipe, workdir: Path, console: Console) -> dict[str, Any]:
     local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(workdir / "kfp"))
     try:
         with contextlib.redirect_stdout(console):
-            pipeline = finetune.build(resources.on_this_machine)
+            pipeline = finetune.build(resources.on_this_machine, method_of(recipe.method))
             task = pipeline(**pipeline_arguments(recipe))
     except RuntimeError as error:
         sentence = console.last_error or f"{error} It ended with: {console.last_line}"
@@ -167,6 +167,7 @@ def pipeline_arguments(recipe: Recipe) -> dict[str, Any]:
         "training": values["training"],
         "evaluation": values["evaluation"],
         "gate": values["gate"],
+        "export": values["export"],
         "registry": {"model_name": registry["model_name"]},
         "experiment": registry["experiment"],
     }

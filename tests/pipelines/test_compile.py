@@ -6,6 +6,9 @@ import pytest
 import yaml
 from kfp.components import load_component_from_file
 
+from tuneline.errors import RecipeError
+from tuneline.finetune.methods import METHODS
+from tuneline_pipelines import finetune, resources
 from tuneline_pipelines.compile import compile_pipelines
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -30,7 +33,9 @@ def test_the_package_is_the_golden_one(packages: list[Path], pytestconfig: pytes
 
 
 def test_kfp_parses_the_package(packages: list[Path]) -> None:
-    assert [load_component_from_file(str(package)).name for package in packages] == ["finetune"]
+    assert [load_component_from_file(str(package)).name for package in packages] == [
+        f"finetune-{method.name.replace('_', '-')}" for method in METHODS
+    ]
 
 
 def test_no_step_is_cached_and_every_step_is_retried(
@@ -49,7 +54,32 @@ def test_no_step_is_cached_and_every_step_is_retried(
 
 
 def test_no_model_is_registered_before_it_is_evaluated(packages: list[Path]) -> None:
-    tasks = documents(packages[0])[0]["root"]["dag"]["tasks"]
-    assert "evaluate" in tasks["register"]["dependentTasks"]
-    assert "register" in tasks["promote"]["dependentTasks"]
-    assert all("check-recipe" in tasks[n]["dependentTasks"] for n in ("prepare-data",))
+    for package in packages:
+        tasks = documents(package)[0]["root"]["dag"]["tasks"]
+        assert "evaluate" in tasks["register"]["dependentTasks"]
+        assert "register" in tasks["promote"]["dependentTasks"]
+        assert "check-recipe" in tasks["prepare-data"]["dependentTasks"]
+
+
+def test_the_run_form_shows_the_methods_own_hyperparameters(packages: list[Path]) -> None:
+    types = {"rank": "NUMBER_INTEGER", "alpha": "NUMBER_DOUBLE", "target_modules": "LIST"}
+    for method, package in zip(METHODS, packages, strict=True):
+        spec = documents(package)[0]
+        inputs = spec["root"]["inputDefinitions"]["parameters"]
+        defaults = method.config_class().model_dump(mode="json")
+        component = spec["components"][f"comp-finetune-{method.name.replace('_', '-')}"]
+        for name, value in defaults.items():
+            if name == "name":
+                continue
+            assert inputs[name].get("defaultValue", value) == value, name
+            assert inputs[name]["parameterType"] == types.get(name, inputs[name]["parameterType"])
+            assert name in component["inputDefinitions"]["parameters"]
+
+
+def test_merged_weights_are_refused_at_compile_time_where_the_method_has_none() -> None:
+    for method in METHODS:
+        if method.mergeable:
+            finetune.build(resources.on_cluster, method, form="merged")
+        else:
+            with pytest.raises(RecipeError, match=f"not possible with method {method.name}"):
+                finetune.build(resources.on_cluster, method, form="merged")

@@ -11,6 +11,7 @@ def merge(
     experiment: str,
     base_model: str,
     adapter: dsl.Input[dsl.Model],
+    export: dict,
     model: dsl.Output[dsl.Model],
 ):
     """Merge the adapter into the base's weights and prove that nothing was lost."""
@@ -20,6 +21,7 @@ def merge(
         steps.merge,
         base_model=base_model,
         adapter=adapter.path,
+        export=export,
         output=model.path,
         run_id=run_id,
         experiment=experiment,
