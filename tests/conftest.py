@@ -1,7 +1,10 @@
 """A tiny model that every test can afford, and rows for it."""
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +15,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 for _name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_RUN_ID", "TUNELINE_IMAGE"):
     os.environ.pop(_name, None)  # the user's own server is no place for tests
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# where transformers copies the test models' own code before it imports it
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="tuneline-test-modules-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"

@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from tuneline.errors import ModelError, TrainingError
+from tuneline.finetune.methods.structure import output_layer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +42,11 @@ def supervised_nll(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, 
 
     def keep_supervised(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden, *rest = arguments
+        if hidden.shape[0] != selected.shape[0] or hidden.shape[1] < selected.shape[1]:
+            raise ModelError(
+                f"the output layer reads hidden states of shape {tuple(hidden.shape)} for a batch "
+                f"of shape {tuple(selected.shape)}: (batch, positions, width) is needed"
+            )
         # methods that put virtual tokens in front make hidden longer than the batch
         hidden = hidden[:, hidden.shape[1] - selected.shape[1] :]
         return (hidden[selected].unsqueeze(0), *rest)
@@ -81,10 +87,7 @@ def held_out_loss(model: nn.Module, batches: Iterable[dict[str, Any]]) -> float:
     return mean
 
 
-def _output_layer(model: nn.Module) -> nn.Module:
+def _output_layer(model: Any) -> nn.Module:
     if isinstance(model, DistributedDataParallel):
         model = model.module
-    layer = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    if layer is None:
-        raise ModelError(f"{type(model).__name__} has no output layer: a causal LM is needed")
-    return layer
+    return output_layer(model)

@@ -18,11 +18,19 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tuneline.errors import MergeError, MethodError
-from tuneline.finetune.methods.method import FourBitSettings, MergeTensor, Method, MethodSettings
+from tuneline.finetune.methods.method import (
+    FourBitSettings,
+    MergeTensor,
+    Method,
+    MethodSettings,
+    load_adapter,
+)
 from tuneline.finetune.methods.structure import linear_layers, short_targets
 
 if TYPE_CHECKING:
@@ -61,9 +69,7 @@ def attach(model: PreTrainedModel, config: MethodSettings) -> PeftModel:
             f"bitfit: {type(model).__name__} has no bias terms, so nothing would train: set "
             "method.missing_biases to add, which adds zero biases, or use lora or ia3"
         )
-    with warnings.catch_warnings():
-        # what has no bias can't be merged: open_merge says so in our words
-        warnings.filterwarnings("ignore", message="Detected that the base layer has no bias")
+    with _merging_is_told_elsewhere():
         tuned = get_peft_model(
             model,
             BeftConfig(
@@ -72,6 +78,20 @@ def attach(model: PreTrainedModel, config: MethodSettings) -> PeftModel:
         )
     assert isinstance(tuned, PeftModel)
     return tuned
+
+
+def load(model: PreTrainedModel, folder: str) -> PeftModel:
+    """Put a saved adapter on its base."""
+    with _merging_is_told_elsewhere():
+        return load_adapter(model, folder)
+
+
+@contextmanager
+def _merging_is_told_elsewhere() -> Iterator[None]:
+    # peft warns that an added bias can't be merged; open_merge says so when somebody merges
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected that the base layer has no bias")
+        yield
 
 
 def open_merge(adapter_dir: str) -> tuple[MergeTensor, frozenset[str]]:
@@ -110,5 +130,6 @@ METHOD = Method(
     config_class=BitfitSettings,
     learning_rate=1e-3,
     attach=attach,
+    load=load,
     open_merge=open_merge,
 )

@@ -40,6 +40,7 @@ from tuneline.finetune.methods.structure import (
     decoder_blocks,
     last_names,
     linear_layers,
+    output_layer,
     short_targets,
 )
 
@@ -106,7 +107,7 @@ def _targets(model: PreTrainedModel, chosen: tuple[str, ...], method: str) -> li
         return short_targets(model, wanted)
     names = last_names(linear)
     if chosen == (ALL_LINEAR,):
-        output = model.get_output_embeddings()
+        output = output_layer(model)
         same = [n for n, m in model.named_modules() if m is output]
         # an output layer that shares its last name with others is left out by full names
         return linear if set(last_names(same)) & set(names) else names

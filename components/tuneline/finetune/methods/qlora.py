@@ -8,7 +8,7 @@ to match full fine-tuning (section 4), and the learning rate is the paper's for 
 (table 9; 1e-4 above).
 
 Optimizer state is paged to host memory when the accelerator runs short (section 3, "Paged
-Optimizers"); with a CPU only the pages are ordinary memory. Compute is bf16 on accelerators that
+Optimizers"); without an accelerator there is nothing to page. Compute is bf16 on accelerators that
 have it, fp32 on CPUs.
 
 The adapter was trained on the 4-bit base, so that is what it is evaluated on and, dequantized,
@@ -17,7 +17,6 @@ what it is merged into.
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -65,21 +64,20 @@ def create_optimizer(
     optimizer_class: type[Optimizer],
     options: dict[str, Any],
 ) -> Optimizer | None:
-    """Paged AdamW of bitsandbytes with 32-bit state."""
+    """AdamW of bitsandbytes with 32-bit state, paged where there is an accelerator to page from."""
     del optimizer_class
     assert isinstance(config, QloraSettings)
     if not config.paged_optimizer:
         return None
-    from bitsandbytes.optim.adamw import PagedAdamW32bit
+    import torch
+    from bitsandbytes.optim.adamw import AdamW32bit, PagedAdamW32bit
 
+    chosen = PagedAdamW32bit if torch.cuda.is_available() else AdamW32bit
     keys = ("lr", "betas", "eps", "weight_decay")
-    with warnings.catch_warnings():
-        # without an accelerator nothing is paged, which is right there
-        warnings.filterwarnings("ignore", message=".*[Pp]aged.*")
-        return PagedAdamW32bit(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
-            **{key: options[key] for key in keys if key in options},
-        )
+    return chosen(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        **{key: options[key] for key in keys if key in options},
+    )
 
 
 METHOD = Method(

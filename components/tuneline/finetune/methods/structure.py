@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from tuneline.errors import MethodError
+from tuneline.errors import MethodError, ModelError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,9 +70,28 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
+def output_layer(model: PreTrainedModel) -> nn.Module:
+    """The layer that makes logits of hidden states.
+
+    Models with code of their own often don't say which it is: then it is the linear layer with as
+    many outputs as the vocabulary has tokens, of several the last.
+
+    Raises:
+        ModelError: the model has none.
+    """
+    layer = model.get_output_embeddings()
+    if layer is not None:
+        return layer
+    vocabulary = model.config.vocab_size
+    found = [m for m in model.modules() if is_linear(m) and _shape(m)[0] == vocabulary]
+    if not found:
+        raise ModelError(f"{type(model).__name__} has no output layer: a causal LM is needed")
+    return found[-1]
+
+
 def linear_layers(model: PreTrainedModel) -> list[str]:
     """Full names of the model's linear layers in its own order, the output layer aside."""
-    output = model.get_output_embeddings()
+    output = output_layer(model)
     return [
         name for name, module in model.named_modules() if is_linear(module) and module is not output
     ]
