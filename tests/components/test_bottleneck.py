@@ -391,6 +391,14 @@ def test_dropout_acts_while_training_only() -> None:
     assert torch.equal(layer(states), layer(states))
 
 
+def test_an_adapter_that_is_added_to_a_computing_model_drops_nothing() -> None:
+    tuned = attached(base())
+    tuned.add_adapter("second", BottleneckConfig(dropout=0.5))
+    randomize(tuned, "second")
+    tuned.set_adapter("second")
+    assert torch.equal(logits(tuned), logits(tuned))
+
+
 def test_modules_to_save_are_trained_saved_and_loaded(tmp_path: Path) -> None:
     config = BottleneckConfig(bottleneck_dim=WIDTH, modules_to_save=["lm_head"])
     tuned: Any = get_peft_model(base(), config)

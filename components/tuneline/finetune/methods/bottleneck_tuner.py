@@ -81,7 +81,7 @@ class BottleneckConfig(PeftConfig):
     )
     hidden_size: int | None = field(
         default=None,
-        metadata={"help": "Width of the adapted outputs; None: the model's hidden size."},
+        metadata={"help": "Of the base that it is for; None: of the model at hand."},
     )
 
     def __post_init__(self) -> None:
@@ -137,9 +137,9 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         for zero in (down.bias, up.weight, up.bias):
             nn.init.zeros_(zero)
         self.bottleneck_down[adapter_name] = down
-        self.bottleneck_inner[adapter_name] = nn.Sequential(
-            _NON_LINEARITIES[config.non_linearity](), nn.Dropout(config.dropout)
-        )
+        inner = nn.Sequential(_NON_LINEARITIES[config.non_linearity](), nn.Dropout(config.dropout))
+        # on a model that computes, an adapter that comes later must not drop anything either
+        self.bottleneck_inner[adapter_name] = inner.train(self.base_layer.training)
         self.bottleneck_up[adapter_name] = up
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
