@@ -20,7 +20,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tuneline.artifacts import MANIFEST, digest_of_file
+from tuneline.artifacts import MANIFEST, digest_of, digest_of_file
 from tuneline.errors import ModelError
 
 DEMO = "demo"
@@ -102,20 +102,20 @@ def resolve(reference: str) -> BaseModel:
     _check_code(path, reference, code)
     if reference != DEMO and not revision:
         reference = path.resolve().name
-    return BaseModel(path, reference, revision, digest_of_folder(path), code)
+    digest = digest_of([digest_of_folder(path), code]) if code else digest_of_folder(path)
+    return BaseModel(path, reference, revision, digest, code)
 
 
 def _check_code(path: Path, reference: str, pinned: str) -> None:
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    auto_map = config.get("auto_map") or {}
-    if not auto_map and not pinned:
+    named = _auto_maps(path)
+    if not named and not pinned:
         return
-    if not auto_map:
+    if not named:
         raise ModelError(
-            f"base model '{reference}' has no code of its own (no auto_map in config.json): remove "
-            f"{CODE_PIN}{pinned} from the reference"
+            f"base model '{reference}' has no code of its own (no auto_map in its JSON files): "
+            f"remove {CODE_PIN}{pinned} from the reference"
         )
-    if elsewhere := [str(v) for v in auto_map.values() if "--" in str(v)]:
+    if elsewhere := [name for name in named if "--" in name]:
         raise ModelError(
             f"base model '{reference}' takes its code from another repository ({elsewhere[0]}), "
             "which no pin of this one covers: copy the code into the model's folder"
@@ -123,8 +123,8 @@ def _check_code(path: Path, reference: str, pinned: str) -> None:
     found = digest_of_code(path)
     if not pinned:
         raise ModelError(
-            f"base model '{reference}' brings its own Python code (auto_map in config.json), which "
-            f"is not run unless it is pinned: read its *.py files, then name it as "
+            f"base model '{reference}' brings its own Python code (auto_map names {named[0]}), "
+            f"which is not run unless it is pinned: read its *.py files, then name it as "
             f"'{reference}{CODE_PIN}{found}'"
         )
     if pinned != found:
@@ -132,6 +132,21 @@ def _check_code(path: Path, reference: str, pinned: str) -> None:
             f"base model '{reference}': its Python code has digest {found}, not the pinned "
             f"{pinned}: read what changed before you pin it again"
         )
+
+
+def _auto_maps(path: Path) -> list[str]:
+    # of the model, the tokenizer and whatever else transformers reads one from
+    named = []
+    for file in sorted(path.glob("*.json")):
+        if file.name.endswith(".index.json") or file.name == "tokenizer.json":
+            continue  # weights and vocabulary: many MB, and no place for code
+        values = json.loads(file.read_text(encoding="utf-8"))
+        auto_map = values.get("auto_map") if isinstance(values, dict) else None
+        if isinstance(auto_map, dict):
+            named += [str(value) for value in auto_map.values()]
+        elif auto_map:
+            named.append(str(auto_map))
+    return named
 
 
 def digest_of_code(path: Path) -> str:

@@ -107,9 +107,9 @@ class GateSection(Settings):
 class ExportSection(Settings):
     """The form in which the tuned model leaves."""
 
-    form: Literal["auto", "merged", "packaged"] = "auto"
-    """`merged`: plain weights of the base's architecture. `packaged`: the base by reference and
-    the adapter beside it. `auto`: merged where the method can be."""
+    form: Literal["merged"] = "merged"
+    """Plain weights of the base's architecture, the only form so far. A method that can't be
+    merged is refused when a run starts; its steps work one by one."""
 
 
 class RegistrySection(Settings):
@@ -152,7 +152,7 @@ def resolve(values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
     """
     recipe = _validate(Recipe, values, source)
     method = method_of(recipe.method)
-    check_form(method, recipe.export.form, source=source)
+    check_mergeable(recipe.method, source=source)
     training = with_learning_rate(recipe.training, method)
     return recipe.model_copy(update={"training": training})
 
@@ -181,20 +181,27 @@ def with_learning_rate(training: TrainingSection, method: Method) -> TrainingSec
     return training.model_copy(update={"learning_rate": method.learning_rate})
 
 
-def check_form(method: Method, form: str, *, source: str) -> None:
-    """Refuse an export that the method has no form for.
+def why_not_mergeable(settings: MethodSettings) -> str:
+    """Why a run with these settings could not end in merged weights; empty when it can."""
+    if not method_of(settings).mergeable:
+        return "makes a change that has no equal form in the base's weights"
+    return settings.merge_hindrance
+
+
+def check_mergeable(settings: MethodSettings, *, source: str) -> None:
+    """Refuse a whole run that could not end in merged weights, before it costs anything.
 
     Raises:
-        RecipeError: merged weights are asked for and the method can't be merged.
+        RecipeError: names the method, the reason and what to do.
     """
-    if form == "merged" and not method.mergeable:
-        mergeable = ", ".join(m.name for m in METHODS if m.mergeable)
+    if reason := why_not_mergeable(settings):
+        able = [m.name for m in METHODS if not why_not_mergeable(m.config_class())]
         raise RecipeError(
             source,
             [
-                f"export.form: merged is not possible with method {method.name}, whose change has "
-                f"no equal form in the base's weights: use auto or packaged, or a method that "
-                f"merges ({mergeable})"
+                f"method {method_of(settings).name} {reason}, and a run registers merged weights: "
+                "train and evaluate it with `tuneline finetune` and `tuneline evaluate`, or choose "
+                f"one that merges ({', '.join(able)})"
             ],
         )
 

@@ -20,7 +20,7 @@ from tuneline.finetune.component import finetune
 from tuneline.finetune.methods import Method
 from tuneline.generated import parameters_of
 from tuneline.merge.component import merge
-from tuneline.recipe import check_form
+from tuneline.recipe import check_mergeable
 from tuneline.register.component import promote, register
 from tuneline_pipelines.resources import Place
 
@@ -35,18 +35,17 @@ class Outputs(NamedTuple):
     alias: str
 
 
-def build(place: Place, method: Method, form: str = "auto") -> dsl.base_component.BaseComponent:
+def build(place: Place, method: Method) -> dsl.base_component.BaseComponent:
     """The pipeline of one method with each task placed by `place`.
 
     Args:
         place: gives a task what it needs.
         method: whose hyperparameters become parameters.
-        form: default of `export.form`.
 
     Raises:
-        RecipeError: the method can't be exported in that form.
+        RecipeError: the method can't be merged.
     """
-    check_form(method, form, source=f"pipeline finetune-{method.name}")
+    check_mergeable(method.config_class(), source=f"pipeline finetune-{method.name}")
     check_recipe_of_method, finetune_with_method = check_recipe(method), finetune(method)
     hyperparameters = [parameter.name for parameter in parameters_of(method)]
 
@@ -109,7 +108,7 @@ def build(place: Place, method: Method, form: str = "auto") -> dsl.base_componen
             alias=promoted.output,
         )
 
-    signature = _signature(method, form)
+    signature = _signature(method)
 
     def pipeline(*values: Any) -> Outputs:
         return run(**dict(zip(signature.parameters, values, strict=True)))
@@ -124,7 +123,7 @@ def build(place: Place, method: Method, form: str = "auto") -> dsl.base_componen
     )(pipeline)
 
 
-def _signature(method: Method, form: str) -> inspect.Signature:
+def _signature(method: Method) -> inspect.Signature:
     def parameter(name: str, annotation: type, default: Any = inspect.Parameter.empty) -> Any:
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         return inspect.Parameter(name, kind, annotation=annotation, default=default)
@@ -138,7 +137,7 @@ def _signature(method: Method, form: str) -> inspect.Signature:
             parameter("training", dict, {}),
             parameter("evaluation", dict, {}),
             parameter("gate", dict, {}),
-            parameter("export", dict, {"form": form}),
+            parameter("export", dict, {}),
             parameter("experiment", str, "tuneline"),
         ],
         return_annotation=Outputs,

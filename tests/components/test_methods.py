@@ -80,7 +80,8 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def settings_of(method: Method, **options: object) -> MethodSettings:
-    return recipe.method_settings({"name": method.name, **options})
+    own = {"missing_biases": "add"} if method.name == "bitfit" else {}
+    return recipe.method_settings({"name": method.name, **own, **options})
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +248,7 @@ def test_it_merges_into_equal_weights_or_says_why_not(tuned: Tuned, tmp_path: Pa
     name = "model.safetensors"
     changed = merge_shard(tuned.base.path / name, tmp_path / name, merge_tensor)
     if not targets <= changed:
-        assert tuned.method.name == "bitfit" and not changed  # biases that the base has not
+        assert tuned.settings.merge_hindrance and not changed  # biases that the base has not
         return
     merged = load_base(tmp_path, trust_code=tuned.base.trusts_code)
     torch.testing.assert_close(logits(merged), logits(tuned.load()), **CLOSE)
@@ -365,7 +366,7 @@ def test_tied_embeddings_stay_tied(method: Method, train: Callable[[Method, str]
         ({"name": "qlora", "rank": 0}, "rank: input should be greater than or equal to 1, got 0"),
         ({"name": "full", "rank": 4}, "rank: unknown key"),
         ({"name": "prompt_tuning", "num_virtual_tokens": 0}, "greater than or equal to 1"),
-        ({"name": "bitfit", "missing_biases": "ignore"}, "'add' or 'refuse', got 'ignore'"),
+        ({"name": "bitfit", "missing_biases": "ignore"}, "'refuse' or 'add', got 'ignore'"),
         ({"name": "ia3", "load_in_4bit": "maybe"}, "load_in_4bit: input should be a valid bool"),
     ],
 )  # fmt: skip
@@ -383,7 +384,7 @@ def test_wrong_hyperparameters_are_refused_with_what_is_allowed(
         ("qlora", {"target_modules": ["W_pak"]}, "baichuan_shaped", "Did you mean 'W_pack'"),
         ("qlora", {"layers": [0, 9]}, "glm", r"qlora: layers \[0, 9\] is no range.*2 blocks"),
         ("prompt_tuning", {"num_virtual_tokens": 256}, "qwen3", "context of 256 positions"),
-        ("bitfit", {"missing_biases": "refuse"}, "llama", "no bias terms, so nothing would train"),
+        ("bitfit", {}, "llama", "no bias terms, so nothing would train"),
     ],
 )
 def test_options_that_do_not_fit_the_model_are_refused(
@@ -397,6 +398,31 @@ def test_options_that_do_not_fit_the_model_are_refused(
     settings = recipe.method_settings({"name": method, **options})
     with pytest.raises(MethodError, match=sentence):
         attach(base, recipe.method_of(settings), settings)
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ({"name": "prompt_tuning"}, "no equal form"),
+        ({"name": "bottleneck"}, "no equal form"),
+        ({"name": "qlora"}, "base in 4 bits"),
+        ({"name": "ia3", "load_in_4bit": True}, "base in 4 bits"),
+        ({"name": "bitfit", "missing_biases": "add"}, "may add biases"),
+    ],
+)
+def test_a_run_that_could_not_end_in_merged_weights_is_refused_at_its_start(
+    method: dict[str, object], reason: str
+) -> None:
+    values = {
+        "model": {"base_model": "demo"},
+        "data": {"train": "demo:train"},
+        "method": method,
+        "registry": {"model_name": "orders"},
+    }
+    with pytest.raises(
+        RecipeError, match=f"{reason}.*tuneline finetune.*\\(full, lora, ia3, bitfit"
+    ):
+        recipe.resolve(values)
 
 
 def test_bitfit_trains_the_biases_that_a_model_has(model_reference: Callable[[str], str]) -> None:
@@ -445,6 +471,13 @@ def test_code_of_a_model_runs_only_when_it_is_pinned(
     config = json.loads((changed / "config.json").read_text())
     config["auto_map"]["AutoConfig"] = "other/repo--configuration.Config"
     (changed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="from another repository"):
+        base_model.resolve(f"{changed}{base_model.CODE_PIN}{pin}")
+    config["auto_map"]["AutoConfig"] = "configuration_baichuan_shaped.BaichuanShapedConfig"
+    (changed / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((changed / "tokenizer_config.json").read_text())
+    tokenizer["auto_map"] = {"AutoTokenizer": ["other/repo--tokenization.Tokenizer", None]}
+    (changed / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ModelError, match="from another repository"):
         base_model.resolve(f"{changed}{base_model.CODE_PIN}{pin}")
     with pytest.raises(ModelError, match="has no code of its own"):

@@ -76,6 +76,7 @@ def check_loads(client: MlflowClient, version: ModelVersion) -> None:
     import mlflow.artifacts
     import torch
 
+    from tuneline.base_model import digest_of_code
     from tuneline.errors import ArtifactError
     from tuneline.finetune.load import load_base
 
@@ -90,8 +91,14 @@ def check_loads(client: MlflowClient, version: ModelVersion) -> None:
             f"{version.name} version {version.version}: its files are not the registered ones "
             f"({model.digest[:19]}): register the model again"
         )
+    code = model.manifest.base_model.get("code", "")
+    if code and digest_of_code(folder) != code:
+        raise RegistryError(
+            f"{version.name} version {version.version}: its Python code is not the pinned {code}: "
+            "register the model again"
+        )
     with torch.inference_mode():
-        loaded = load_base(folder)
+        loaded = load_base(folder, trust_code=bool(code))
         logits = loaded(torch.tensor([[0]], device=loaded.device)).logits
     if not bool(logits.isfinite().all()):
         raise RegistryError(f"{version.name} version {version.version}: its logits are not finite")

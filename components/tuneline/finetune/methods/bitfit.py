@@ -2,15 +2,15 @@
 
 y = W x + b becomes y = W x + b + d, with d = 0 at step 0 and W, b frozen. Ben Zaken et al. 2022,
 "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",
-section 3; the learning rate is the largest of the range that the paper searches (appendix A.2).
+section 3; the learning rate is the largest of the range that the paper searches.
 
 The trained biases are those of the linear layers. Biases of LayerNorm, where a family has them,
 stay as they are.
 
 Many language models have no biases at all, where setting "bias terms only" trains nothing and says
-so nowhere. There every linear layer of the blocks gets a zero bias (or the run is refused, by
-`missing_biases`): the model computes the same until the first step. Such an adapter can't be
-merged, since the base's architecture has no place for it.
+so nowhere. There the method is refused, or, when `missing_biases` asks for it, every linear layer
+of the blocks gets a zero bias: the model computes the same until the first step. Such an adapter
+can't be merged, since the base's architecture has no place for it.
 """
 
 from __future__ import annotations
@@ -43,8 +43,16 @@ class BitfitSettings(FourBitSettings):
     """Hyperparameters of BitFit."""
 
     name: Literal["bitfit"] = "bitfit"
-    missing_biases: Literal["add", "refuse"] = "add"
-    """On a model without any bias: `add` zero biases to every linear layer, or `refuse`."""
+    missing_biases: Literal["refuse", "add"] = "refuse"
+    """On a model without any bias: `refuse`, or `add` zero biases to every linear layer, which
+    can't be merged."""
+
+    @property
+    def merge_hindrance(self) -> str:
+        """Added biases have no place in the base's weights."""
+        if self.missing_biases == "add":
+            return "may add biases (missing_biases add), for which the base has no place"
+        return super().merge_hindrance
 
 
 def attach(model: PreTrainedModel, config: MethodSettings) -> PeftModel:
@@ -67,7 +75,7 @@ def attach(model: PreTrainedModel, config: MethodSettings) -> PeftModel:
     if not targets and config.missing_biases == "refuse":
         raise MethodError(
             f"bitfit: {type(model).__name__} has no bias terms, so nothing would train: set "
-            "method.missing_biases to add, which adds zero biases, or use lora or ia3"
+            "method.missing_biases to add (zero biases, which can't be merged), or use lora or ia3"
         )
     with _merging_is_told_elsewhere():
         tuned = get_peft_model(

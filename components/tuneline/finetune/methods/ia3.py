@@ -2,8 +2,8 @@
 
 k becomes l_k * k, v becomes l_v * v, and the FFN's output layer reads l_ff * activation, all
 elementwise with l = 1 at step 0. Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is
-Better and Cheaper than In-Context Learning", section 3.3; the learning rate is that of the T-Few
-recipe (section 3.2 and appendix D). Where one projection computes query, key and value together,
+Better and Cheaper than In-Context Learning", section 3.3; the learning rate is that of the paper's
+T-Few recipe. Where one projection computes query, key and value together,
 the query is rescaled too.
 
 Scaling rows (k, v) or columns (FFN) of a weight is linear: it merges without a trace.

@@ -30,6 +30,13 @@ class MethodSettings(Settings):
         """How the base is loaded for this method; None: in 16 or 32 bits."""
         return None
 
+    @property
+    def merge_hindrance(self) -> str:
+        """Why what is trained with these settings may not merge; empty when it does."""
+        if self.quantization is not None:
+            return "is trained on a base in 4 bits, which is not the base that it would merge into"
+        return ""
+
 
 class FourBitSettings(MethodSettings):
     """Of a method that can stand on a base in 4 bits."""
