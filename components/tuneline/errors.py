@@ -80,7 +80,10 @@ class RegistryError(TunelineError):
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived. Not a `TunelineError`, so that nothing takes it for a failure to handle."""
+    """SIGTERM arrived; the message, if any, says what was saved and what to do.
+
+    Not a `TunelineError`, so that nothing takes it for a failure to handle.
+    """
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:

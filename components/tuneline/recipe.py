@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar, Union
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from tuneline.errors import RecipeError, did_you_mean
 from tuneline.finetune.methods import METHODS
@@ -64,8 +64,18 @@ class TrainingSection(Settings):
     """Passes over the training rows; fractions are allowed."""
     learning_rate: float | None = Field(default=None, gt=0, lt=10)
     """Peak learning rate of AdamW; unset: the method's own, as `tuneline methods` shows."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Of the learning rate after warm-up."""
+    schedule: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_min_lr",
+        "cosine_with_restarts",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+        "constant",
+    ] = "linear"
+    """Of the learning rate after warm-up, by the names of transformers. `cosine_with_min_lr` ends
+    at a tenth of the peak; `warmup_stable_decay` decays in the last tenth of the steps."""
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of the optimizer steps in which the learning rate rises from 0."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -78,8 +88,29 @@ class TrainingSection(Settings):
     """Micro-batches per optimizer step; the loss is the mean over all their supervised tokens."""
     evaluations: int = Field(default=2, ge=1)
     """How often the validation loss is measured, evenly spread, the last time at the end."""
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """Stop after this many evaluations in a row without a lower validation loss; unset: never.
+    Needs `load_best`."""
+    load_best: bool = False
+    """Take the weights with the lowest validation loss instead of the last ones."""
+    checkpoint_minutes: float = Field(default=10.0, ge=0)
+    """Between two checkpoints, what a lost process costs at most; 0 after every step. Writing them
+    takes a twentieth of the time at most."""
+    save_total_limit: int = Field(default=2, ge=1)
+    """The newest checkpoints that are kept, beside the best one."""
+    keep_checkpoints: bool = False
+    """Leave the checkpoints where they are after success."""
     seed: int = Field(default=42, ge=0, lt=2**31)
     """Of the initialization, the row order and dropout."""
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> TrainingSection:
+        if self.early_stopping_patience is not None and not self.load_best:
+            raise ValueError(
+                "early_stopping_patience needs load_best: true, or the weights that were worse "
+                "would be taken"
+            )
+        return self
 
 
 class EvaluationSection(Settings):

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError
@@ -25,6 +23,7 @@ from tuneline import recipe
 from tuneline.base_model import cache_dir
 from tuneline.errors import EXIT_FAILED, EXIT_TERMINATED, RegistryError, Terminated, TunelineError
 from tuneline.progress import complain, peak_memory_bytes, record, report
+from tuneline.termination import raise_on_sigterm
 from tuneline.tracking import Step, finish_run, tracked
 
 T = TypeVar("T")
@@ -36,7 +35,7 @@ def guard(step: Callable[..., T], **arguments: Any) -> T:
 
     SIGTERM (a reclaimed node, a cancelled run) ends it with exit code 143 and no artifact.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    raise_on_sigterm()
     try:
         return step(**arguments)
     except TunelineError as error:
@@ -48,14 +47,10 @@ def guard(step: Callable[..., T], **arguments: Any) -> T:
     except OSError as error:  # disk full, no permission, a file that went away
         complain(f"{step.__name__}: {error}")
         sys.exit(EXIT_FAILED)
-    except Terminated:
-        complain(f"{step.__name__} was stopped by SIGTERM; nothing was written, run it again")
+    except Terminated as stopped:
+        what = str(stopped) or "nothing was written, run it again"
+        complain(f"{step.__name__} was stopped by SIGTERM; {what}")
         sys.exit(EXIT_TERMINATED)
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    del number, frame
-    raise Terminated
 
 
 def _quiet_libraries() -> None:

@@ -13,17 +13,16 @@ import argparse
 import json
 import os
 import shlex
-import signal
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tuneline import __version__
 from tuneline.errors import EXIT_FAILED, EXIT_TERMINATED, Terminated, TunelineError, UsageError
 from tuneline.progress import complain, minutes
+from tuneline.termination import raise_on_sigterm
 
 _EXIT_INTERRUPTED = 130
 
@@ -31,7 +30,7 @@ _EXIT_INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _terminate)
+    raise_on_sigterm()
     try:
         return options.command(options)
     except TunelineError as error:
@@ -43,17 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # disk full, no permission, a file that went away
         complain(str(error))
         return EXIT_FAILED
-    except Terminated:
-        complain("stopped by SIGTERM; run the command again")
+    except Terminated as stopped:
+        complain(f"stopped by SIGTERM; {stopped or 'run the command again'}")
         return EXIT_TERMINATED
     except KeyboardInterrupt:
         complain("interrupted; run the command again")
         return _EXIT_INTERRUPTED
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    del number, frame
-    raise Terminated
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,7 +2,8 @@
 
 Every step is a process of its own, as on the cluster. The work folder holds everything: `kfp/`
 with the artifacts, `mlflow.db` and `mlflow-artifacts/` unless `MLFLOW_TRACKING_URI` names a
-server, `run.log` with the full output, and `summary.json` with what came out.
+server, `checkpoints/` unless `TUNELINE_CHECKPOINTS` names a place, `run.log` with the full output,
+and `summary.json` with what came out.
 """
 
 from __future__ import annotations
@@ -119,6 +120,9 @@ def run_recipe(recipe: Recipe, workdir: Path, *, quiet: bool = False) -> dict[st
             "name another with --workdir"
         ) from error
     _track_locally(workdir)
+    # the same run again goes on where this one was stopped
+    if not os.environ.get("TUNELINE_CHECKPOINTS"):
+        os.environ["TUNELINE_CHECKPOINTS"] = str(workdir / "checkpoints")
     with log, _children_stop_with_us():
         console = Console(sys.stdout, log, quiet=quiet)
         outputs = _run(recipe, workdir, console)

@@ -21,6 +21,11 @@ MODEL_CACHE = "tuneline-model-cache"
 """The volume claim of `manifests/base`."""
 CACHE_PATH = "/var/cache/tuneline"
 """`TUNELINE_CACHE` of the image."""
+CHECKPOINTS = "tuneline-checkpoints"
+"""The volume claim of `manifests/base` that a retried training step goes on from."""
+CHECKPOINTS_PATH = "/var/lib/tuneline/checkpoints"
+_TRAINING_TASK = "finetune"
+"""What the names of the components that train begin with."""
 
 
 class Place(Protocol):
@@ -30,7 +35,7 @@ class Place(Protocol):
 
 
 def on_cluster(task: Any) -> None:
-    """Retries, the model cache, and the MLflow server of the namespace's config map and secret."""
+    """Retries, volumes, and the MLflow server of the namespace's config map and secret."""
     task.set_retry(
         num_retries=RETRIES,
         backoff_duration="30s",
@@ -41,6 +46,9 @@ def on_cluster(task: Any) -> None:
         task, "tuneline", {"mlflow_tracking_uri": "MLFLOW_TRACKING_URI"}, optional=True
     )
     kubernetes.mount_pvc(task, pvc_name=MODEL_CACHE, mount_path=CACHE_PATH)
+    if task.name.startswith(_TRAINING_TASK):
+        kubernetes.mount_pvc(task, pvc_name=CHECKPOINTS, mount_path=CHECKPOINTS_PATH)
+        task.set_env_variable("TUNELINE_CHECKPOINTS", CHECKPOINTS_PATH)
     kubernetes.use_secret_as_env(
         task,
         "tuneline-mlflow",

@@ -15,8 +15,8 @@ from tuneline.finetune.loss import held_out_loss, supervised_nll
 from tuneline.finetune.methods.lora import LoraSettings, attach
 
 ROWS = [
-    {"input_ids": [3, 7, 9, 11, 13], "supervised": [0, 0, 1, 1, 1]},
-    {"input_ids": [5, 6, 8], "supervised": [0, 1, 0]},
+    {"row": 0, "input_ids": [3, 7, 9, 11, 13], "supervised": [0, 0, 1, 1, 1]},
+    {"row": 1, "input_ids": [5, 6, 8], "supervised": [0, 1, 0]},
 ]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,17 +12,20 @@ from typing import TYPE_CHECKING, Any
 from tuneline import artifacts, base_model
 from tuneline.artifacts import Artifact
 from tuneline.base_model import BaseModel
-from tuneline.errors import ArtifactError, MethodError, TrainingError
-from tuneline.finetune.load import compute_dtype, load_base, parameter_count
+from tuneline.errors import ArtifactError, MethodError, Terminated, TrainingError
+from tuneline.finetune.load import load_base, parameter_count
 from tuneline.finetune.methods import Method
 from tuneline.finetune.methods.method import MethodSettings
 from tuneline.progress import report
 from tuneline.recipe import TrainingSection, method_of, with_learning_rate
+from tuneline.termination import deferred
 from tuneline.tracking import Step
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from tuneline.finetune.checkpoint import Checkpoints
 
 HISTORY = "history.jsonl"
 
@@ -49,8 +51,11 @@ def finetune(
     Raises:
         ArtifactError: the data set was prepared for another model.
         MethodError: the method's options don't fit the model.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, memory or disk is full.
+        Terminated: SIGTERM arrived while training; a checkpoint was written.
     """
+    from tuneline.finetune.checkpoint import Checkpoints, folder_of, run_identity
+
     dataset = artifacts.load(dataset_dir, "prepared_dataset")
     base = base_model.resolve(model_reference)
     if dataset.manifest.base_model["digest"] != base.digest:
@@ -61,11 +66,16 @@ def finetune(
         )
     method = method_of(method_config)
     training = with_learning_rate(training, method)
-    with artifacts.writing(output) as aside:
-        history = _train(base, dataset, method, method_config, training, aside, step)
+    identity = run_identity(base.digest, dataset.digest, method_config, training)
+    with (
+        artifacts.writing(output) as aside,
+        Checkpoints(folder_of(identity, output), limit=training.save_total_limit) as checkpoints,
+    ):
+        history = _train(base, dataset, method, method_config, training, aside, step, checkpoints)
         with (aside / HISTORY).open("w", encoding="utf-8") as file:
             for entry in history:
-                file.write(json.dumps(entry) + "\n")
+                # sorted, as a resumed run's come back: the same run is the same artifact
+                file.write(json.dumps(entry, sort_keys=True) + "\n")
         artifacts.seal(
             aside,
             kind="adapter",
@@ -76,7 +86,10 @@ def finetune(
             base_model=base.identity(),
             inputs={"prepared_dataset": dataset.digest},
         )
-    return artifacts.load(output, "adapter")
+    adapter = artifacts.load(output, "adapter")
+    if not training.keep_checkpoints:
+        checkpoints.discard()
+    return adapter
 
 
 def _train(
@@ -87,12 +100,15 @@ def _train(
     training: TrainingSection,
     output: Path,
     step: Step,
+    checkpoints: Checkpoints,
 ) -> list[dict[str, Any]]:
     import torch
-    from transformers import TrainingArguments, set_seed
+    from transformers import set_seed
 
     from tuneline.data_prep.chat import load_tokenizer
+    from tuneline.finetune.arguments import training_arguments
     from tuneline.finetune.batching import batches_of
+    from tuneline.finetune.checkpoint import Schedule
     from tuneline.finetune.trainer import ProgressCallback, SupervisedTrainer
 
     if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
@@ -122,31 +138,12 @@ def _train(
     }
     steps_per_epoch = math.ceil(len(loaders["train"]) / training.gradient_accumulation_steps)
     steps = max(1, math.ceil(steps_per_epoch * training.epochs))
-    arguments = TrainingArguments(
-        output_dir=str(output / "trainer"),
-        max_steps=steps,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type=training.schedule
-        if training.warmup_fraction == 0 or training.schedule != "constant"
-        else "constant_with_warmup",
-        warmup_steps=int(training.warmup_fraction * steps),
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        activation_checkpointing=method.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        bf16=compute_dtype() is torch.bfloat16,
-        eval_strategy="steps" if "validation" in loaders else "no",
-        eval_steps=max(1, math.ceil(steps / training.evaluations)),
-        logging_steps=min(math.ceil(steps / 40), 50),
-        logging_first_step=True,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=training.seed,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
+    arguments = training_arguments(
+        training,
+        method,
+        steps=steps,
+        validates="validation" in loaders,
+        output_dir=output / "trainer",
     )
     step.log_params(
         {
@@ -157,23 +154,23 @@ def _train(
             "optimizer_steps": steps,
         }
     )
-    trainer = SupervisedTrainer(
-        model=model,
-        args=arguments,
-        train_loader=loaders["train"],
-        validation_loader=loaders.get("validation"),
-        create_optimizer=partial(method.create_optimizer, model, method_config),
-    )
-    trainer.add_callback(ProgressCallback(step, trainer))
-    started = time.monotonic()
-    trainer.train()
-    seconds = time.monotonic() - started
-    report(
-        f"trained {trainer.tokens_seen:,} tokens in {seconds:.0f} s "
-        f"({trainer.tokens_seen / seconds:.0f} tokens/s), {steps} steps"
-    )
-    if "validation" in loaders:
-        _evaluate_at_end(trainer, steps)
+    with deferred() as termination:
+        trainer = SupervisedTrainer(
+            model=model,
+            args=arguments,
+            train_loader=loaders["train"],
+            validation_loader=loaders.get("validation"),
+            create_optimizer=partial(method.create_optimizer, model, method_config),
+            checkpoints=checkpoints,
+            schedule=Schedule(training.checkpoint_minutes),
+            termination=termination,
+            load_best=training.load_best,
+            early_stopping_patience=training.early_stopping_patience,
+        )
+        trainer.add_callback(ProgressCallback(step, trainer))
+        trainer.run()
+    if termination.requested:  # after the last look at it
+        raise Terminated("what is trained is in a checkpoint: run it again to go on")
     _save(model, method, base, output)
     return trainer.state.log_history
 
@@ -207,12 +204,6 @@ def attach(
     for parameter in trained:
         parameter.data = parameter.data.float()
     return model, sum(parameter.numel() for parameter in trained), total
-
-
-def _evaluate_at_end(trainer: Any, steps: int) -> None:
-    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    if not evaluated or evaluated[-1] != steps:
-        trainer.evaluate()
 
 
 def _save(

@@ -1,12 +1,18 @@
-"""`transformers.Trainer` with batches by token budget and the loss of `loss.py`."""
+"""`transformers.Trainer` with batches by token budget, the loss of `loss.py`, and checkpoints that
+a killed run goes on from, bit for bit on CPU."""
 
 from __future__ import annotations
 
 import math
+import random
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,21 +26,61 @@ from transformers import (
     TrainingArguments,
 )
 
-from tuneline.errors import RegistryError, TrainingError
-from tuneline.finetune.loss import held_out_loss, supervised_nll
+from tuneline.errors import Terminated, TrainingError
+from tuneline.finetune.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    Schedule,
+    load_trainable,
+    save_state,
+    save_trainable,
+)
+from tuneline.finetune.loss import held_out_nll, supervised_nll
 from tuneline.progress import minutes, peak_memory_bytes, report, tick
+from tuneline.termination import Termination
 from tuneline.tracking import Step
 
+GRACE_SECONDS: Final = 30
+"""From SIGTERM to SIGKILL, Kubernetes' default. A checkpoint has to be on the disk by then: the
+micro-batch at hand is finished, the accumulated ones of an unfinished step are dropped."""
+
 _SILENCE_SECONDS = 30
+
+
+@dataclass
+class Figures:
+    """What has been counted since the loss was last logged, and since the start."""
+
+    nll: float = 0.0
+    """Summed over `supervised` tokens, in nats."""
+    supervised: int = 0
+    tokens_seen: int = 0
+    """Without padding."""
+    slots_seen: int = 0
+    """With padding."""
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """What a checkpoint holds beside weights and optimizer, as of the end of a step."""
+
+    random_state: dict[str, Any]
+    figures: Figures
 
 
 class SupervisedTrainer(Trainer):
     """The loop of transformers over loaders that already make batches.
 
     Args:
-        train_loader: batches with `input_ids`, `attention_mask`, `labels`.
+        train_loader: batches with `input_ids`, `labels`, `rows` and `attention_mask` or
+            `position_ids`.
         validation_loader: batches for the validation loss, or None.
         create_optimizer: makes the method's own optimizer from a class and its options, or None.
+        checkpoints: where to keep them, or None to keep none.
+        schedule: when one is due, beside those that hold the best validation loss.
+        termination: whether SIGTERM has arrived.
+        load_best: end with the weights of the lowest validation loss.
+        early_stopping_patience: evaluations without a lower one until training stops, or None.
         others: as in `transformers.Trainer`.
     """
 
@@ -44,6 +90,11 @@ class SupervisedTrainer(Trainer):
         train_loader: DataLoader[dict[str, Tensor]],
         validation_loader: DataLoader[dict[str, Tensor]] | None,
         create_optimizer: Callable[[type[Optimizer], dict[str, Any]], Optimizer | None],
+        checkpoints: Checkpoints | None = None,
+        schedule: Schedule | None = None,
+        termination: Termination | None = None,
+        load_best: bool = False,
+        early_stopping_patience: int | None = None,
         **others: Any,
     ) -> None:
         dataset = validation_loader.dataset if validation_loader else None
@@ -52,14 +103,122 @@ class SupervisedTrainer(Trainer):
         self._train_loader = train_loader
         self._validation_loader = validation_loader
         self._create_optimizer = create_optimizer
-        self.tokens_seen = 0
+        self._checkpoints = checkpoints
+        self._schedule = schedule
+        self._termination = termination or Termination()
+        self._load_best = load_best
+        self._patience = early_stopping_patience
+        self.figures = Figures()
+        self._moment: _Moment | None = None
+        self._pending: list[tuple[Tensor, dict[str, Tensor]]] = []
+        self._grad_norm: float | Tensor | None = None
+        self._evaluation_due = False
+        self._next_counts: list[tuple[int, int, int]] = []
+        self._micro_batch_started = 0.0
+        self._micro_batch_seconds = 0.0
+        self._grace_was_checked = False
+        self.add_callback(_Steps(self))
         # the loop counts supervised tokens over the accumulated batch and hands the number in
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
 
+    def run(self) -> None:
+        """Train from the newest checkpoint, or from the start, to the end.
+
+        Raises:
+            TrainingError: the loss or a gradient is not finite, memory or disk is full.
+            Terminated: SIGTERM arrived; a checkpoint was written.
+        """
+        found = self._newest()
+        if found is not None:
+            report(f"going on from {found.path}")
+            self.figures = Figures(**found.notes["figures"])
+            if not self.args.should_save:  # the sums are of all ranks
+                self.figures = replace(self.figures, nll=0.0, supervised=0)
+            self.args.eval_on_start = found.notes["evaluation_due"]
+        started, tokens = time.monotonic(), self.figures.tokens_seen
+        if found is not None and found.notes["stopped_early"]:
+            self._load_from_checkpoint(str(found.path))
+            self.state = TrainerState.load_from_json(str(found.path / "trainer_state.json"))
+        else:
+            with self._memory_errors():
+                self.train(resume_from_checkpoint=str(found.path) if found else None)
+        seconds, tokens = time.monotonic() - started, self.figures.tokens_seen - tokens
+        report(
+            f"trained {tokens:,} tokens in {seconds:.0f} s ({tokens / seconds:.0f} tokens/s), "
+            f"{self.state.global_step} steps"
+        )
+        if self._validation_loader is not None and not self._evaluated_now():
+            self.evaluate()
+        if self._termination.requested:
+            self._stop()
+        if self._load_best:
+            self._take_best()
+
+    def _newest(self) -> Checkpoint | None:
+        """Rank 0's newest, for all."""
+        found = self._checkpoints.newest() if self._checkpoints and self.args.should_save else None
+        if self.args.world_size > 1:
+            box = [found]
+            torch.distributed.broadcast_object_list(box)
+            found = box[0]
+        return found
+
+    def _stop(self) -> None:
+        if self._checkpoints is None:
+            raise Terminated
+        self._moment = self._now()
+        self._save_checkpoint(self.model, None)
+        self._raise_terminated()
+
+    def _raise_terminated(self) -> None:
+        raise Terminated(
+            f"a checkpoint of step {self.state.global_step} was written: run it again to go on"
+        )
+
+    # ---- batches, loss, gradients
+
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """The loader that was given, prepared for the device and the ranks."""
-        return self.accelerator.prepare(self._train_loader)
+        """The loader that was given; its sampler knows ranks and epochs by itself."""
+        return self._train_loader
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """As in transformers; tokens are counted while they are still on the CPU."""
+        batches, supervised = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._next_counts = [
+            (
+                int(batch["attention_mask"].sum())
+                if "attention_mask" in batch
+                else batch["input_ids"].numel(),
+                batch["input_ids"].numel(),
+                int((batch["labels"][:, 1:] != -100).sum()),
+            )
+            for batch in batches
+        ]
+        return batches, supervised
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Mean loss over the supervised tokens of the whole accumulated batch."""
+        del return_outputs
+        started = time.monotonic()
+        nll, tokens = supervised_nll(model, inputs)
+        self._pending.append((nll.detach(), inputs))
+        divisor = tokens if num_items_in_batch is None else num_items_in_batch
+        self._micro_batch_started = started
+        # gradients are averaged over ranks, the divisor already counts all of them
+        return nll / divisor * self.accelerator.num_processes
+
+    def _clip_grad_norm(self, model: nn.Module) -> float | Tensor | None:
+        self._grad_norm = super()._clip_grad_norm(model)
+        return self._grad_norm
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """The method's optimizer, or the one of transformers."""
@@ -69,59 +228,350 @@ class SupervisedTrainer(Trainer):
             self.optimizer = self._create_optimizer(chosen, options)
         return self.optimizer or super().create_optimizer(model)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """Mean loss over the supervised tokens of the whole accumulated batch.
+    def before_optimizer_step(self) -> None:
+        """Nothing that is not finite reaches the weights.
 
         Raises:
-            TrainingError: the loss is not finite.
+            TrainingError: names the step and the rows.
         """
-        del return_outputs
-        nll, tokens = supervised_nll(model, inputs)
-        if not math.isfinite(float(nll.detach())):
-            raise TrainingError(
-                f"the loss is {float(nll.detach())} at step {self.state.global_step + 1}: lower "
-                "training.learning_rate or training.max_grad_norm"
+        # one look at the device per step
+        losses = torch.stack([nll for nll, _ in self._pending]).double().tolist()
+        norm = None if self._grad_norm is None else float(self._grad_norm)
+        for loss, (_, batch) in zip(losses, self._pending, strict=True):
+            if not math.isfinite(loss):
+                self._refuse(f"the loss is {loss}", [batch])
+        if norm is not None and not math.isfinite(norm):
+            self._refuse(
+                f"the losses are finite, but the gradient's norm is {norm}",
+                [batch for _, batch in self._pending],
             )
-        self.tokens_seen += int(inputs["attention_mask"].sum())
-        divisor = tokens if num_items_in_batch is None else num_items_in_batch
-        # gradients are averaged over ranks, the divisor already counts all of them
-        return nll / divisor * self.accelerator.num_processes
+        self.figures.nll += math.fsum(losses)
+        for tokens, slots, supervised in self._next_counts:
+            self.figures.tokens_seen += tokens
+            self.figures.slots_seen += slots
+            self.figures.supervised += supervised
+        self._pending.clear()
+
+    def _refuse(self, what: str, batches: list[dict[str, Tensor]]) -> None:
+        rows = [row for batch in batches for row in self._rows_at_fault(batch)]
+        raise TrainingError(
+            f"{what} at step {self.state.global_step + 1}, in rows {rows} (counted from 0) of the "
+            "train split: look at these rows; if they are as they should be, lower "
+            "training.learning_rate or training.max_grad_norm"
+        )
+
+    def _rows_at_fault(self, batch: dict[str, Tensor]) -> list[int]:
+        rows = [row if row >= 0 else ~row for row in batch["rows"].tolist()]
+        if self.args.world_size > 1 or "attention_mask" not in batch:
+            return rows  # other ranks would have to compute too, or rows lie end to end
+        assert self.model is not None
+        one_by_one = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(len(rows))]
+        with torch.no_grad():
+            losses = [float(supervised_nll(self.model, one)[0]) for one in one_by_one]
+        at_fault = [row for row, loss in zip(rows, losses, strict=True) if not math.isfinite(loss)]
+        return at_fault or rows
+
+    @contextmanager
+    def _memory_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            if not full and "can't allocate memory" not in str(error):
+                raise
+            slots = [slots for _, slots, _ in self._next_counts]
+            raise TrainingError(
+                f"out of memory at step {self.state.global_step + 1} with micro-batches of up to "
+                f"{max(slots, default=0)} tokens: lower training.batch_tokens and raise "
+                "training.gradient_accumulation_steps by the same factor (the result stays), or "
+                "set training.gradient_checkpointing: true"
+            ) from error
+
+    # ---- logging, evaluation
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The loss of transformers' interval, but weighted by tokens and exact when resumed.
+
+        How long this process took is no part of the history: a resumed run has the same.
+        """
+        if "train_runtime" in logs:
+            return
+        if "loss" in logs:
+            sums = torch.tensor(
+                [self.figures.nll, float(self.figures.supervised)],
+                dtype=torch.float64,
+                device=self.args.device,
+            )
+            nll, supervised = self._summed(sums).tolist()
+            logs["loss"] = nll / supervised
+            self.figures = replace(self.figures, nll=0.0, supervised=0)
+        super().log(logs, start_time)
+
+    def _summed(self, values: Tensor) -> Tensor:
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(values)
+        return values
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Validation loss per supervised token."""
         assert self._validation_loader is not None
         model = self.model
         assert model is not None
-        metrics = {"eval_loss": held_out_loss(model, self._validation_loader)}
+        nll, tokens = held_out_nll(model, self._until_terminated(self._validation_loader))
+        sums = torch.tensor([nll, float(tokens)], dtype=torch.float64, device=self.args.device)
+        total, count = self._summed(sums).tolist()
+        if not math.isfinite(total):
+            raise TrainingError(
+                f"validation loss is {total} at step {self.state.global_step}: the model's "
+                "weights or its precision are broken; lower training.learning_rate"
+            )
+        metrics = {"eval_loss": total / count}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
+        self._evaluation_due = False
+        if self._best_step() == self.state.global_step and self._load_best:
+            self.control.should_save = True
+        if self._out_of_patience():
+            self.control.should_training_stop = True
         return metrics
+
+    def _until_terminated(self, batches: Iterable[Any]) -> Iterator[Any]:
+        for batch in batches:
+            if self._any_rank(self._termination.requested):
+                self._evaluation_due = True  # the resumed run begins with it
+                self._stop()
+            yield batch
+
+    def _evaluations(self) -> list[tuple[float, int]]:
+        return [
+            (entry["eval_loss"], int(entry["step"]))
+            for entry in self.state.log_history
+            if "eval_loss" in entry
+        ]
+
+    def _best_step(self) -> int | None:
+        evaluations = self._evaluations()
+        return min(evaluations)[1] if evaluations else None
+
+    def _out_of_patience(self) -> bool:
+        losses = [loss for loss, _ in self._evaluations()]
+        if self._patience is None or not losses:
+            return False
+        return len(losses) - 1 - losses.index(min(losses)) >= self._patience
+
+    def _evaluated_now(self) -> bool:
+        evaluations = self._evaluations()
+        return bool(evaluations) and evaluations[-1][1] == self.state.global_step
+
+    # ---- checkpoints
+
+    def _now(self) -> _Moment:
+        state: dict[str, Any] = {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),
+            "cpu": torch.random.get_rng_state(),
+        }
+        if torch.cuda.is_available():
+            many = self.args.world_size > 1
+            state["cuda"] = (
+                torch.cuda.random.get_rng_state_all() if many else torch.cuda.get_rng_state()
+            )
+        return _Moment(state, replace(self.figures))
+
+    def begin_step(self) -> None:
+        """Remember the end of the last step: a checkpoint inside of this one holds that."""
+        self._pending.clear()
+        if self._checkpoints is not None:
+            self._moment = self._now()
+
+    def end_micro_batch(self) -> None:
+        """Stop here if SIGTERM has arrived, with the state of the last whole step."""
+        self._micro_batch_seconds = max(
+            self._micro_batch_seconds, time.monotonic() - self._micro_batch_started
+        )
+        if self._any_rank(self._termination.requested):
+            if self._checkpoints is None:
+                raise Terminated
+            self._save_checkpoint(self.model, None)
+            self._raise_terminated()
+
+    def end_step(self, control: TrainerControl) -> None:
+        """Decide whether this step's state is written."""
+        self._micro_batch_seconds = max(
+            self._micro_batch_seconds, time.monotonic() - self._micro_batch_started
+        )
+        stopping = self._any_rank(self._termination.requested)
+        if self._checkpoints is None:
+            if stopping:
+                raise Terminated
+            return
+        self._moment = None
+        if stopping:
+            # an evaluation can outlast the grace period: the resumed run begins with it
+            self._evaluation_due = control.should_evaluate
+            control.should_evaluate = False
+            control.should_save = True
+        elif self._any_rank(self._schedule is not None and self._schedule.due):
+            control.should_save = True
+
+    def after_save(self) -> None:
+        """Stop if that was why."""
+        if self._any_rank(self._termination.requested):
+            self._raise_terminated()
+
+    def _any_rank(self, value: bool) -> bool:
+        if self.args.world_size == 1:
+            return value
+        flag = torch.tensor(float(value), device=self.args.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag)
+
+    def _save_checkpoint(self, model: nn.Module | None, trial: Any) -> None:
+        """Write one; within a step, the state before that step's gradients."""
+        del model, trial
+        if self._checkpoints is None:
+            return
+        started = time.monotonic()
+        moment = self._moment or self._now()
+        states = [moment.random_state]
+        figures = moment.figures
+        if self.args.world_size > 1:
+            gathered: list[Any] = [None] * self.args.world_size
+            torch.distributed.all_gather_object(gathered, (moment.random_state, figures))
+            states = [state for state, _ in gathered]
+            figures = Figures(
+                nll=math.fsum(f.nll for _, f in gathered),
+                supervised=sum(f.supervised for _, f in gathered),
+                tokens_seen=figures.tokens_seen,
+                slots_seen=figures.slots_seen,
+            )
+        if self.args.should_save:
+            notes = {
+                "figures": asdict(figures),
+                "evaluation_due": self._evaluation_due,
+                "stopped_early": self._out_of_patience(),
+            }
+            self._checkpoints.write(
+                self.state.global_step,
+                notes,
+                lambda folder: self._fill(folder, states),
+                self._best_step() if self._load_best else None,
+            )
+        seconds = time.monotonic() - started
+        if self._schedule is not None:
+            self._schedule.wrote(seconds)
+        self._check_grace(seconds)
+
+    def _fill(self, folder: Path, random_states: list[dict[str, Any]]) -> None:
+        assert self.model is not None and self.optimizer is not None
+        assert self.lr_scheduler is not None
+        save_trainable(self.model, folder)
+        save_state(folder, "optimizer.pt", self.optimizer.state_dict())
+        save_state(folder, "scheduler.pt", self.lr_scheduler.state_dict())  # pyright: ignore[reportAttributeAccessIssue]  # DeepSpeed's has none
+        for rank, state in enumerate(random_states):
+            name = "rng_state.pth" if len(random_states) == 1 else f"rng_state_{rank}.pth"
+            save_state(folder, name, state)
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _check_grace(self, seconds: float) -> None:
+        needed = self._micro_batch_seconds + seconds
+        if needed > GRACE_SECONDS and not self._grace_was_checked:
+            report(
+                f"warning: a micro-batch and a checkpoint take {needed:.0f} s, more than the "
+                f"{GRACE_SECONDS} s between SIGTERM and SIGKILL: a reclaimed node may lose up to "
+                "training.checkpoint_minutes; lower training.batch_tokens"
+            )
+            self._grace_was_checked = True
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        target = model if model is not None else self.model
+        assert target is not None
+        load_trainable(target, Path(resume_from_checkpoint))
+
+    def _take_best(self) -> None:
+        best = self._best_step()
+        assert self._checkpoints is not None and self.model is not None
+        if best is None or best == self.state.global_step:
+            return
+        found = self._checkpoints.find(best)
+        if found is None:
+            raise TrainingError(
+                f"the checkpoint of step {best}, which had the lowest validation loss, is lost "
+                f"from {self._checkpoints.folder}: run again, or set training.load_best: false"
+            )
+        load_trainable(self.model, found.path)
+        report(f"took the weights of step {best}, which had the lowest validation loss")
+
+
+class _Steps(TrainerCallback):
+    """Hands the loop's events to the trainer."""
+
+    def __init__(self, trainer: SupervisedTrainer) -> None:
+        self._trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        del control
+        loader = self._trainer.get_train_dataloader()
+        steps = math.ceil(len(loader) / args.gradient_accumulation_steps)
+        # by the steps done: what transformers wraps around a resumed loader doesn't pass it on
+        loader.batch_sampler.set_epoch(state.global_step // steps)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        del args, state, control
+        self._trainer.begin_step()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        del args, state, control
+        self._trainer.end_micro_batch()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        del args, state, control
+        self._trainer.before_optimizer_step()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        del args, state
+        self._trainer.end_step(control)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        del args, state, control
+        self._trainer.after_save()
 
 
 class ProgressCallback(TrainerCallback):
-    """Progress to the console, metrics to tracking."""
+    """Progress to the console, metrics to tracking; of rank 0 only."""
 
     def __init__(self, step: Step, trainer: SupervisedTrainer) -> None:
         self._step = step
         self._trainer = trainer
         self._started = time.monotonic()
         self._last_tick = 0.0
-        self._tracking_failed = False
+        self._first_step = 0
+        self._first_tokens = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Start the clock."""
-        del args, state, control
+        del args, control
         self._started = self._last_tick = time.monotonic()
+        self._first_step = state.global_step
+        self._first_tokens = self._trainer.figures.tokens_seen
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -131,25 +581,26 @@ class ProgressCallback(TrainerCallback):
         if time.monotonic() - self._last_tick > _SILENCE_SECONDS:
             self._tick(state, "")
 
-    def _tick(self, state: TrainerState, loss: str) -> None:
+    def _tick(self, state: TrainerState, figures: str) -> None:
+        if not state.is_world_process_zero:
+            return
         self._last_tick = time.monotonic()
         elapsed = self._last_tick - self._started
-        left = elapsed / max(state.global_step, 1) * (state.max_steps - state.global_step)
+        done = max(state.global_step - self._first_step, 1)
+        left = elapsed / done * (state.max_steps - state.global_step)
         tick(
-            f"step {state.global_step}/{state.max_steps}  {loss}"
-            f"{self._trainer.tokens_seen / elapsed:.0f} tokens/s  ETA {minutes(left)}"
+            f"step {state.global_step}/{state.max_steps}  {figures}"
+            f"{self._tokens_per_second(elapsed):.0f} tokens/s  padding {self._padding():.0%}  "
+            f"{_peak_memory_bytes() / 1e9:.1f} GB  ETA {minutes(left)}"
         )
 
-    def _track(self, metrics: dict[str, float], step: int) -> None:
-        # hours of training are worth more than a curve, and each try of a server that is away
-        # costs MLflow's retries, some minutes
-        if self._tracking_failed:
-            return
-        try:
-            self._step.log_metrics(metrics, step)
-        except RegistryError as error:
-            report(f"warning: metrics are not tracked from step {step} on: {error}")
-            self._tracking_failed = True
+    def _tokens_per_second(self, elapsed: float) -> float:
+        seen = self._trainer.figures.tokens_seen - self._first_tokens
+        return seen * self._trainer.args.world_size / elapsed
+
+    def _padding(self) -> float:
+        figures = self._trainer.figures
+        return 1 - figures.tokens_seen / max(figures.slots_seen, 1)
 
     def on_log(
         self,
@@ -161,6 +612,8 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         """One progress line, and the figures to tracking."""
         del args, control
+        if not state.is_world_process_zero:
+            return
         logs = logs or {}
         elapsed = time.monotonic() - self._started
         if "eval_loss" in logs:
@@ -168,16 +621,21 @@ class ProgressCallback(TrainerCallback):
                 f"step {state.global_step}/{state.max_steps}: "
                 f"validation loss {logs['eval_loss']:.4f}"
             )
-            self._track({"validation_loss": logs["eval_loss"]}, state.global_step)
+            self._step.log_metrics({"validation_loss": logs["eval_loss"]}, state.global_step)
         elif "loss" in logs:
-            self._tick(state, f"loss {logs['loss']:.4f}  ")
-            self._track(
+            norm = logs.get("grad_norm", 0.0)
+            self._tick(
+                state,
+                f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.1e}  grad norm {norm:.2f}  ",
+            )
+            self._step.log_metrics(
                 {
                     "loss": logs["loss"],
                     "learning_rate": logs["learning_rate"],
-                    "grad_norm": logs.get("grad_norm", 0.0),
+                    "grad_norm": norm,
                     "elapsed_seconds": elapsed,
-                    "tokens_per_second": self._trainer.tokens_seen / elapsed,
+                    "tokens_per_second": self._tokens_per_second(elapsed),
+                    "padding_fraction": self._padding(),
                     "peak_memory_bytes": _peak_memory_bytes(),
                 },
                 state.global_step,

@@ -1,0 +1,348 @@
+"""Checkpoints that a killed run goes on from.
+
+A checkpoint is a folder `step-NNNNNNNN`:
+
+    model.safetensors   the trainable parameters by name; of a frozen base nothing
+    optimizer.pt, scheduler.pt, rng_state*.pth, trainer_state.json   as `transformers.Trainer` reads
+    checkpoint.json     the marker: size and SHA-256 of each file, written last
+
+It is written into a folder aside, every file and the folder itself are flushed to the disk, and
+the folder is then renamed. Loading verifies size and digest; what is damaged or half is skipped
+with a warning that names it, and the next older one is taken.
+
+The folder of a run comes from its content key: the digest of everything that decides what is
+computed (data, resolved settings, base model, image, number of processes). A retried pod, and the
+same command given again, find it without being told; another recipe never does. Its lock belongs
+to one living process; a second one that computes the same works in a folder of its own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tuneline import images
+from tuneline.artifacts import FileEntry, digest_of, digest_of_file
+from tuneline.errors import TrainingError
+from tuneline.progress import report
+from tuneline.settings import Settings
+
+ROOT_VARIABLE: Final = "TUNELINE_CHECKPOINTS"
+WEIGHTS: Final = "model.safetensors"
+MARKER: Final = "checkpoint.json"
+FORMAT_VERSION: Final = 1
+_NAME: Final = re.compile(r"step-(\d{8})")
+_LOCK: Final = "lock"
+_KEY_LENGTH: Final = 32
+
+
+_POLICY_KEYS: Final = frozenset({"checkpoint_minutes", "save_total_limit", "keep_checkpoints"})
+"""Of the training settings: they decide nothing of what is computed."""
+
+
+def run_identity(
+    base_digest: str, dataset_digest: str, method: Settings, training: Settings
+) -> dict[str, Any]:
+    """Everything that decides what a run computes: its content key is the digest of this."""
+    return {
+        "base_model": base_digest,
+        "prepared_dataset": dataset_digest,
+        "method": method.model_dump(mode="json"),
+        "training": training.model_dump(mode="json", exclude=set(_POLICY_KEYS)),
+        "image": images.TUNELINE,
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    step: int
+    notes: dict[str, Any]
+    """What the trainer wants back beyond the state that transformers keeps."""
+
+
+def folder_of(identity: Mapping[str, Any], output: Path) -> Path:
+    """Where the run of `identity` keeps its checkpoints.
+
+    Args:
+        identity: everything that decides what is computed, as plain JSON.
+        output: of the step; the root is beside it unless `TUNELINE_CHECKPOINTS` names one.
+    """
+    configured = os.environ.get(ROOT_VARIABLE)
+    root = Path(configured) if configured else output.with_name(output.name + ".checkpoints")
+    return root / digest_of(identity).removeprefix("sha256:")[:_KEY_LENGTH]
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: of the run, as `folder_of` gives it.
+        limit: how many of the newest to keep, beside the best.
+
+    Raises:
+        TrainingError: the folder can't be written.
+    """
+
+    def __init__(self, folder: Path, *, limit: int) -> None:
+        self._limit = limit
+        self._lock: int | None = None
+        for number in itertools.count(1):
+            self.folder = folder if number == 1 else folder.with_name(f"{folder.name}.{number}")
+            with _stated(f"checkpoints can't be kept in {self.folder}"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if self._take_lock():
+                    break
+            report(f"warning: another process trains the same in {self.folder}")
+        for aside in self.folder.glob("*.partial"):
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _take_lock(self) -> bool:
+        lock = os.open(self.folder / _LOCK, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return False
+        except OSError:  # a file system without locks: as good as before there were any
+            pass
+        self._lock = lock
+        return True
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give up the lock, which else ends with the process, however that ends."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def newest(self) -> Checkpoint | None:
+        """The newest complete checkpoint, verified; warns of each one that it has to skip."""
+        for path in reversed(self._paths()):
+            if (found := _load_or_warn(path)) is not None:
+                return found
+        return None
+
+    def find(self, step: int) -> Checkpoint | None:
+        """The checkpoint of `step`, verified, or None if it is not there or damaged."""
+        path = self.folder / _name(step)
+        return _load_or_warn(path) if path.exists() else None
+
+    def write(
+        self, step: int, notes: Mapping[str, Any], fill: Callable[[Path], None], best: int | None
+    ) -> None:
+        """Write a checkpoint and remove those that are no longer kept.
+
+        Args:
+            step: optimizer steps done.
+            notes: plain JSON that comes back with the checkpoint.
+            fill: writes the files into the folder that it is given.
+            best: step of the checkpoint to keep however old it is.
+
+        Raises:
+            TrainingError: the disk is full or the folder can't be written; earlier checkpoints
+                are as they were.
+        """
+        path = self.folder / _name(step)
+        aside = path.with_name(path.name + ".partial")
+        try:
+            with _stated(f"checkpoint {path} can't be written", self._standing):
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+                fill(aside)
+                _mark_complete(aside, step, notes)
+                if path.exists():  # a damaged one of the same step, or the same again
+                    shutil.rmtree(path)
+                aside.rename(path)
+                _flush_folder(self.folder)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        self._rotate(best)
+
+    def _standing(self) -> str:
+        paths = self._paths()
+        return f"the last complete one is {paths[-1].name}" if paths else "there is none yet"
+
+    def _rotate(self, best: int | None) -> None:
+        paths = self._paths()
+        kept = {path.name for path in paths[-self._limit :]}
+        if best is not None:
+            kept.add(_name(best))
+        for path in paths:
+            if path.name not in kept:
+                # first no longer a checkpoint, then gone: a kill in between leaves no half one
+                doomed = path.with_name(path.name + ".partial")
+                path.rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Remove all of them: the run has its result."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        root = self.folder.parent
+        # the root beside an output is ours alone; one that was named, a mount perhaps, stays
+        if ROOT_VARIABLE not in os.environ and root.is_dir() and not any(root.iterdir()):
+            root.rmdir()
+
+    def _paths(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name))
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+@contextmanager
+def _stated(what: str, standing: Callable[[], str] | None = None) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        known = f"; {standing()}" if standing else ""
+        raise TrainingError(
+            f"{what} ({reason}){known}: free space, or name another place in {ROOT_VARIABLE}, "
+            "then run again to go on"
+        ) from error
+
+
+def _mark_complete(folder: Path, step: int, notes: Mapping[str, Any]) -> None:
+    files = {}
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[path.name] = asdict(FileEntry(path.stat().st_size, digest_of_file(path)))
+    marker = {"format_version": FORMAT_VERSION, "step": step, "notes": notes, "files": files}
+    with (folder / MARKER).open("w", encoding="utf-8") as file:
+        json.dump(marker, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _load_or_warn(path: Path) -> Checkpoint | None:
+    try:
+        return _load(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        report(f"warning: checkpoint {path} is skipped: {error}")
+        return None
+
+
+def _load(path: Path) -> Checkpoint:
+    if not (path / MARKER).is_file():
+        raise ValueError(f"it is half: {MARKER} is missing")
+    marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
+    if marker["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"it has format version {marker['format_version']}, not {FORMAT_VERSION}")
+    for name, entry in marker["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise ValueError(f"{name} is missing")
+        if file.stat().st_size != entry["size_bytes"]:
+            raise ValueError(f"{name} has {file.stat().st_size} bytes, not {entry['size_bytes']}")
+        if digest_of_file(file) != entry["sha256"]:
+            raise ValueError(f"{name} differs from its SHA-256")
+    return Checkpoint(path, int(marker["step"]), dict(marker["notes"]))
+
+
+def save_trainable(model: nn.Module, folder: Path) -> None:
+    """Write the parameters that train, by name.
+
+    Raises:
+        TrainingError: one of them is not finite, so that nothing could go on from it.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if not bool(parameter.isfinite().all()):
+            raise TrainingError(f"{name} is not finite: lower training.learning_rate")
+        tensors[name] = parameter.detach().to("cpu").contiguous()
+    save_file(tensors, folder / WEIGHTS)
+
+
+def load_trainable(model: nn.Module, folder: Path) -> None:
+    """Put the parameters of a checkpoint back.
+
+    Raises:
+        TrainingError: the checkpoint has other parameters than the model trains.
+    """
+    targets = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with safe_open(folder / WEIGHTS, framework="pt") as file, torch.no_grad():
+        names = set(file.keys())
+        if names != targets.keys():
+            example = sorted(names ^ targets.keys())[0]
+            raise TrainingError(
+                f"checkpoint {folder} is of another model or method ({example} is in one of them "
+                "only): remove it"
+            )
+        for name, parameter in targets.items():
+            parameter.copy_(file.get_tensor(name))
+
+
+def save_state(folder: Path, name: str, state: Any) -> None:
+    """`torch.save`, with a full disk as the OSError that it is."""
+    try:
+        with (folder / name).open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # torch's zip writer hides the file's own error
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        if "writ" in str(error):
+            raise OSError(0, f"{name}: {str(error).splitlines()[0]}") from error
+        raise
+
+
+class Schedule:
+    """When the next checkpoint is due by the clock.
+
+    Args:
+        minutes: between two; a lost process costs no more than these.
+    """
+
+    _MOST_SHARE: Final = 0.05
+    """Of the time at most, however large the checkpoint."""
+
+    def __init__(self, minutes: float) -> None:
+        self._interval_seconds = minutes * 60
+        self._last = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether the interval is over."""
+        return time.monotonic() - self._last >= self._interval_seconds
+
+    def wrote(self, seconds: float) -> None:
+        """A checkpoint was written and took so long."""
+        self._interval_seconds = max(self._interval_seconds, seconds / self._MOST_SHARE)
+        self._last = time.monotonic()
