@@ -8,6 +8,7 @@ the process that started the step.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 
@@ -16,9 +17,15 @@ TICK_PREFIX = "[tuneline~] "
 RECORD_PREFIX = "[tuneline=] "
 
 
+def ranks() -> tuple[int, int]:
+    """Which of torchrun's processes this is, and how many there are; (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def report(text: str) -> None:
-    """A line for the person who runs the step."""
-    print(f"{REPORT_PREFIX}{text}", flush=True)
+    """A line for the person who runs the step; of several processes the first one says it."""
+    if ranks()[0] == 0:
+        print(f"{REPORT_PREFIX}{text}", flush=True)
 
 
 def tick(text: str) -> None:

@@ -84,6 +84,18 @@ class TrainingSection(Settings):
     """Gradients are scaled down to this L2 norm."""
     batch_tokens: int = Field(default=4096, ge=8)
     """Most tokens in one micro-batch, padding included; rows of like length go together."""
+    batching: Literal["auto", "grouped", "packed"] = "auto"
+    """`grouped`: rows of like length, padded. `packed`: rows end to end without padding, attention
+    cut between them. `auto`: packed where attention costs nothing across the cut (flash attention
+    on an accelerator), else grouped, which is faster there."""
+    gradient_checkpointing: bool = False
+    """Keep the activations of block borders only and compute the others again: about a third more
+    time for a fraction of the memory."""
+    kernels: Literal["auto", "off"] = "auto"
+    """`auto`: flash attention and Liger kernels on an accelerator where they are installed."""
+    compile: bool = False
+    """torch.compile: faster steps after some minutes of compiling, which a short run never wins
+    back."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Micro-batches per optimizer step; the loss is the mean over all their supervised tokens."""
     evaluations: int = Field(default=2, ge=1)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from tuneline import recipe
 from tuneline.base_model import cache_dir
 from tuneline.errors import EXIT_FAILED, EXIT_TERMINATED, RegistryError, Terminated, TunelineError
-from tuneline.progress import complain, peak_memory_bytes, record, report
+from tuneline.progress import complain, peak_memory_bytes, ranks, record, report
 from tuneline.termination import raise_on_sigterm
 from tuneline.tracking import Step, finish_run, tracked
 
@@ -119,13 +119,16 @@ def finetune(
     experiment: str = "",
 ) -> None:
     """A PreparedDataset to an Adapter."""
-    from tuneline.finetune.train import finetune as train
+    from tuneline.finetune import train
 
     settings = recipe.method_settings(method)
     section = recipe.check(recipe.TrainingSection, training, source="training")
     task = f"finetune_{method.get('name', 'lora')}"
     with _step(task, run_id, experiment, _TORCH) as step:
-        adapter = train(base_model, Path(dataset), settings, section, Path(output), step)
+        if ranks()[0] > 0:
+            train.accompany(base_model, Path(dataset), settings, section)
+            return
+        adapter = train.finetune(base_model, Path(dataset), settings, section, Path(output), step)
         digest = adapter.manifest.inputs["prepared_dataset"]
         try:
             step.log_dataset("train", digest, "training")

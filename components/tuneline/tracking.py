@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from tuneline.errors import RegistryError
+from tuneline.progress import ranks
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -199,7 +200,7 @@ def tracked(run_id: str, task: str, *, experiment: str) -> Iterator[Step]:
     Raises:
         RegistryError: MLflow can't be reached.
     """
-    if not run_id:
+    if not run_id or ranks()[0] > 0:
         yield Untracked()
         return
     client = open_client()

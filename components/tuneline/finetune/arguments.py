@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import nn
 from transformers import TrainingArguments
+from transformers.utils.import_utils import is_flash_attn_2_available, is_liger_kernel_available
 
+from tuneline.errors import TrainingError
+from tuneline.finetune.batching import Layout
 from tuneline.finetune.load import compute_dtype
 from tuneline.finetune.methods import Method
 from tuneline.recipe import TrainingSection
@@ -40,9 +45,13 @@ def training_arguments(
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
-        gradient_checkpointing=method.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing=training.gradient_checkpointing or method.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         bf16=compute_dtype() is torch.bfloat16,
+        torch_compile=training.compile,
+        use_liger_kernel=training.kernels == "auto" and has_liger(),
+        # the loss is ours
+        liger_kernel_config={"cross_entropy": False, "fused_linear_cross_entropy": False},
         eval_strategy="steps" if validates else "no",
         eval_steps=max(1, math.ceil(steps / training.evaluations)),
         logging_steps=min(math.ceil(steps / 40), 50),
@@ -56,6 +65,63 @@ def training_arguments(
         dataloader_pin_memory=accelerated,
         remove_unused_columns=False,
     )
+
+
+def has_liger() -> bool:
+    """Whether Liger's Triton kernels are installed and have a device to run on."""
+    return torch.cuda.is_available() and is_liger_kernel_available()
+
+
+def use_kernels(model: Any, training: TrainingSection) -> Layout:
+    """Give the model flash attention where there is one; returns how batches are laid out.
+
+    Packed rows need no mask with it. Elsewhere the block-diagonal mask makes every row pay for the
+    whole pack's attention, and rows of like length win.
+
+    Raises:
+        TrainingError: packing was asked for and the model lets packed rows see each other.
+    """
+    flash = (
+        training.kernels == "auto"
+        and compute_dtype() is torch.bfloat16
+        and is_flash_attn_2_available()
+        and getattr(model, "_supports_flash_attn", False)
+    )
+    if flash:
+        model.set_attn_implementation("flash_attention_2")
+    if training.batching == "grouped" or (training.batching == "auto" and not flash):
+        return "grouped"
+    if packed_rows_are_apart(model):
+        return "packed"
+    if training.batching == "packed":
+        raise TrainingError(
+            f"batching packed: {type(model).__name__} with this method lets packed rows see each "
+            "other: set training.batching: grouped"
+        )
+    return "grouped"
+
+
+def packed_rows_are_apart(model: nn.Module) -> bool:
+    """Whether a packed row's logits are those that it has when another row is in front of it.
+
+    Seen by running two packs that differ in their first row only. Methods that put virtual tokens
+    in front, recurrent layers, and models that ignore position ids are not.
+    """
+    device = next(model.parameters()).device
+    packs = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [8, 7, 6, 5, 5, 6, 7, 8]], device=device)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft's, that positions are ignored: seen below
+            first, second = (
+                model(input_ids=pack.unsqueeze(0), position_ids=positions, use_cache=False).logits
+                for pack in packs
+            )
+    finally:
+        model.train(was_training)
+    return torch.equal(first[:, -4:], second[:, -4:])
 
 
 def _schedule(training: TrainingSection, steps: int) -> dict[str, Any]:

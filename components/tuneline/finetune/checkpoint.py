@@ -97,14 +97,19 @@ class Checkpoints:
     Args:
         folder: of the run, as `folder_of` gives it.
         limit: how many of the newest to keep, beside the best.
+        own: take the lock and clean up; False for the other processes of the same run, which only
+            read.
 
     Raises:
         TrainingError: the folder can't be written.
     """
 
-    def __init__(self, folder: Path, *, limit: int) -> None:
+    def __init__(self, folder: Path, *, limit: int, own: bool = True) -> None:
+        self.folder = folder
         self._limit = limit
         self._lock: int | None = None
+        if not own:
+            return
         for number in itertools.count(1):
             self.folder = folder if number == 1 else folder.with_name(f"{folder.name}.{number}")
             with _stated(f"checkpoints can't be kept in {self.folder}"):

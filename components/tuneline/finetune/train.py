@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,10 @@ from tuneline.errors import ArtifactError, MethodError, Terminated, TrainingErro
 from tuneline.finetune.load import load_base, parameter_count
 from tuneline.finetune.methods import Method
 from tuneline.finetune.methods.method import MethodSettings
-from tuneline.progress import report
+from tuneline.progress import ranks, report
 from tuneline.recipe import TrainingSection, method_of, with_learning_rate
 from tuneline.termination import deferred
-from tuneline.tracking import Step
+from tuneline.tracking import Step, Untracked
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -38,7 +39,7 @@ def finetune(
     output: Path,
     step: Step,
 ) -> Artifact:
-    """Train one adapter.
+    """Train one adapter; under torchrun in the first process, beside `accompany` in the others.
 
     Args:
         model_reference: the base model that the data set was prepared for.
@@ -56,14 +57,7 @@ def finetune(
     """
     from tuneline.finetune.checkpoint import Checkpoints, folder_of, run_identity
 
-    dataset = artifacts.load(dataset_dir, "prepared_dataset")
-    base = base_model.resolve(model_reference)
-    if dataset.manifest.base_model["digest"] != base.digest:
-        raise ArtifactError(
-            f"{dataset_dir} was prepared for {dataset.manifest.base_model['reference']} "
-            f"({dataset.manifest.base_model['digest'][:19]}), not for {base.reference} "
-            f"({base.digest[:19]}): prepare the data again"
-        )
+    base, dataset = _inputs(model_reference, dataset_dir)
     method = method_of(method_config)
     training = with_learning_rate(training, method)
     identity = run_identity(base.digest, dataset.digest, method_config, training)
@@ -92,6 +86,35 @@ def finetune(
     return adapter
 
 
+def accompany(
+    model_reference: str,
+    dataset_dir: Path,
+    method_config: MethodSettings,
+    training: TrainingSection,
+) -> None:
+    """Train in one of torchrun's other processes: it computes, the first one writes."""
+    from tuneline.finetune.checkpoint import Checkpoints
+
+    base, dataset = _inputs(model_reference, dataset_dir)
+    method = method_of(method_config)
+    training = with_learning_rate(training, method)
+    with tempfile.TemporaryDirectory() as nothing:
+        none = Checkpoints(Path(nothing), limit=1, own=False)
+        _train(base, dataset, method, method_config, training, Path(nothing), Untracked(), none)
+
+
+def _inputs(model_reference: str, dataset_dir: Path) -> tuple[BaseModel, Artifact]:
+    dataset = artifacts.load(dataset_dir, "prepared_dataset")
+    base = base_model.resolve(model_reference)
+    if dataset.manifest.base_model["digest"] != base.digest:
+        raise ArtifactError(
+            f"{dataset_dir} was prepared for {dataset.manifest.base_model['reference']} "
+            f"({dataset.manifest.base_model['digest'][:19]}), not for {base.reference} "
+            f"({base.digest[:19]}): prepare the data again"
+        )
+    return base, dataset
+
+
 def _train(
     base: BaseModel,
     dataset: Artifact,
@@ -106,7 +129,7 @@ def _train(
     from transformers import set_seed
 
     from tuneline.data_prep.chat import load_tokenizer
-    from tuneline.finetune.arguments import training_arguments
+    from tuneline.finetune.arguments import training_arguments, use_kernels
     from tuneline.finetune.batching import batches_of
     from tuneline.finetune.checkpoint import Schedule
     from tuneline.finetune.trainer import ProgressCallback, SupervisedTrainer
@@ -114,10 +137,14 @@ def _train(
     if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
         raise TrainingError(
             f"{torch.cuda.device_count()} GPUs are visible to one process: set "
-            "CUDA_VISIBLE_DEVICES to one of them"
+            "CUDA_VISIBLE_DEVICES to one of them, or start one process for each with torchrun"
         )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    rank, world_size = ranks()
     set_seed(training.seed)
     model, trainable, all_parameters = attach(base, method, method_config)
+    layout = use_kernels(model, training)
     report(
         f"{method.name}: {trainable:,} trainable of {all_parameters:,} parameters "
         f"({trainable / all_parameters:.3%})"
@@ -132,6 +159,9 @@ def _train(
             batch_tokens=training.batch_tokens,
             pad_token_id=pad_token_id if isinstance(pad_token_id, int) else 0,
             seed=training.seed if split == "train" else None,
+            layout=layout,
+            rank=rank,
+            world_size=world_size,
         )
         for split in ("train", "validation")
         if dataset.read_json("contract.json")["splits"][split]["rows"]
@@ -171,7 +201,8 @@ def _train(
         trainer.run()
     if termination.requested:  # after the last look at it
         raise Terminated("what is trained is in a checkpoint: run it again to go on")
-    _save(model, method, base, output)
+    if rank == 0:
+        _save(model, method, base, output)
     return trainer.state.log_history
 
 

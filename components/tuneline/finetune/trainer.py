@@ -157,7 +157,10 @@ class SupervisedTrainer(Trainer):
 
     def _newest(self) -> Checkpoint | None:
         """Rank 0's newest, for all."""
-        found = self._checkpoints.newest() if self._checkpoints and self.args.should_save else None
+        return self._of_rank_0(lambda checkpoints: checkpoints.newest())
+
+    def _of_rank_0(self, look: Callable[[Checkpoints], Checkpoint | None]) -> Checkpoint | None:
+        found = look(self._checkpoints) if self._checkpoints and self.args.should_save else None
         if self.args.world_size > 1:
             box = [found]
             torch.distributed.broadcast_object_list(box)
@@ -497,7 +500,7 @@ class SupervisedTrainer(Trainer):
         assert self._checkpoints is not None and self.model is not None
         if best is None or best == self.state.global_step:
             return
-        found = self._checkpoints.find(best)
+        found = self._of_rank_0(lambda checkpoints: checkpoints.find(best))
         if found is None:
             raise TrainingError(
                 f"the checkpoint of step {best}, which had the lowest validation loss, is lost "
