@@ -14,17 +14,25 @@ component's inputs by their own names, and a clash would lose the plugin's whole
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from tuneline.errors import RegistryError
-from tuneline.progress import ranks
+from tuneline.progress import ranks, report
+from tuneline.spool import Entry, Spool
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+_PATIENCE_SECONDS: Final = 120.0
+"""How long a step that ended well waits for an MLflow that is away, before it leaves its metrics to
+the next step."""
+_FAILED_PATIENCE_SECONDS: Final = 5.0
+"""How long one that ends otherwise does: SIGKILL may be near."""
 PARAM_PREFIX: Final = "tuneline."
 RUN_TAG: Final = "kfp.run_id"
 TASK_TAG: Final = "kfp.task"
@@ -85,6 +93,11 @@ class TrackedStep:
     def __init__(self, client: MlflowClient, run_id: str) -> None:
         self.client = client
         self.run_id = run_id
+        path = _spool_folder() / f"{run_id}.jsonl"
+        try:
+            self._spool = Spool(path, self._send)
+        except BlockingIOError:  # a pod that is not quite gone yet writes to the same run
+            self._spool = Spool(path.with_name(f"{run_id}.{os.getpid()}.jsonl"), self._send)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Settings; a value that was logged by an earlier try of the step is kept."""
@@ -103,15 +116,29 @@ class TrackedStep:
         self.client.log_batch(self.run_id, params=entries)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Figures at a training step, in one request."""
-        import time
+        """Figures at a training step; they are sent by and by, however long MLflow is away."""
+        self._spool.put(metrics, step)
 
-        from mlflow.entities import Metric
+    def _send(self, entries: Sequence[Entry]) -> None:
+        send_entries(self.client, self.run_id, entries)
 
-        now = int(time.time() * 1000)
-        points = [Metric(key, float(value), now, step) for key, value in metrics.items()]
-        with mlflow_errors("logging metrics"):
-            self.client.log_batch(self.run_id, metrics=points)
+    def close(self, status: str) -> None:
+        """Send what is left; what can't be sent waits for the next process that tracks anything.
+
+        Args:
+            status: how the run ended, or empty where KFP's plugin ends it.
+        """
+        finished = status != "FAILED"
+        if finished and status:
+            self._spool.put_status(status)
+        patience = _PATIENCE_SECONDS if finished else _FAILED_PATIENCE_SECONDS
+        if not self._spool.close(patience):
+            report(
+                f"warning: MLflow at {safe_uri()} is away; the metrics of run {self.run_id} wait "
+                f"in {_spool_folder()} and are sent by the next step that finds it back"
+            )
+        elif finished:
+            self._spool.remove()
 
     def log_file(self, path: Path) -> None:
         """Upload a small file."""
@@ -138,6 +165,47 @@ class TrackedStep:
         lineage = DatasetInput(entity, [InputTag("mlflow.data.context", context)])
         with mlflow_errors("logging the data set"):
             self.client.log_inputs(self.run_id, datasets=[lineage])
+
+
+def send_entries(client: MlflowClient, run_id: str, entries: Sequence[Entry]) -> None:
+    """Log spooled figures in one request.
+
+    Raises:
+        RegistryError: MLflow can't be reached or refuses them.
+    """
+    from mlflow.entities import Metric
+
+    points = [
+        Metric(key, value, entry.time_ms, entry.step)
+        for entry in entries
+        for key, value in entry.metrics.items()
+    ]
+    with mlflow_errors("logging metrics"):
+        client.log_batch(run_id, metrics=points)
+        for entry in entries:
+            if entry.status:
+                client.set_terminated(run_id, entry.status, entry.time_ms)
+
+
+def _spool_folder() -> Path:
+    """Beside the checkpoints, where a retried pod finds it."""
+    root = os.environ.get("TUNELINE_CHECKPOINTS")
+    if root:
+        return Path(root) / "metrics"
+    return Path(tempfile.gettempdir()) / f"tuneline-metrics-{os.getuid()}"
+
+
+def _send_leftovers(client: MlflowClient) -> None:
+    """What earlier processes could not send; MLflow has just answered."""
+    for path in sorted(_spool_folder().glob("*.jsonl")):
+        run_id = path.name.partition(".")[0]
+        try:
+            spool = Spool(path, partial(send_entries, client, run_id))
+        except OSError:  # another process is at it
+            continue
+        # of a run that did not end it stays: a retry must know what it need not send again
+        if spool.close(_FAILED_PATIENCE_SECONDS) and spool.finished:
+            spool.remove()
 
 
 @contextmanager
@@ -204,17 +272,18 @@ def tracked(run_id: str, task: str, *, experiment: str) -> Iterator[Step]:
         yield Untracked()
         return
     client = open_client()
+    _send_leftovers(client)
     with mlflow_errors(f"opening the run of {task}"):
         step_run_id, parent = _run_of_step(client, run_id, task, experiment)
+    step = TrackedStep(client, step_run_id)
     status = "FAILED"
     try:
-        yield TrackedStep(client, step_run_id)
+        yield step
         status = "FINISHED"
     finally:
-        if parent:
-            _end_runs(
-                client, [step_run_id] if status == "FINISHED" else [step_run_id, parent], status
-            )
+        step.close(status if parent or status == "FAILED" else "")
+        if parent and status == "FAILED":
+            _end_runs(client, [step_run_id, parent], status)
 
 
 def _end_runs(client: MlflowClient, runs: list[str], status: str) -> None:

@@ -1,0 +1,181 @@
+"""Figures on their way to a server that may be away: a file that a thread sends from.
+
+Each entry is appended as one line of JSON, with the time at which it was measured; a thread sends
+what is there in batches and notes how far it came. A server that does not answer delays nothing
+but the sending. What is not sent when the process ends, however it ends, is in the file for the
+next one that opens it.
+
+Nothing is sent twice. An attempt whose answer was lost is repeated with the same times, which a
+server that keys its points by name, step, time and value takes as the same; and a resumed run,
+which computes some steps again, adds nothing for steps that are in the file already.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from tuneline.errors import RegistryError
+from tuneline.progress import report
+
+_LINGER_SECONDS: Final = 1.0
+"""What is put within this time goes out together."""
+_LONGEST_PAUSE_SECONDS: Final = 30.0
+_BATCH_FIGURES: Final = 1000
+"""MLflow takes no more in a request."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Figures measured together."""
+
+    metrics: dict[str, float]
+    step: int
+    time_ms: int
+    """Of the measurement, milliseconds since 1970."""
+    status: str = ""
+    """How the run ended, in its last entry."""
+
+
+class Spool:
+    """A file of entries and the thread that sends them.
+
+    Args:
+        path: of the file; made with its folder, or gone on from.
+        send: delivers entries, or raises RegistryError, after which it is called again with them.
+
+    Raises:
+        BlockingIOError: another process has it open.
+    """
+
+    def __init__(self, path: Path, send: Callable[[Sequence[Entry]], None]) -> None:
+        self._path = path
+        self._sent_path = path.with_suffix(".sent")
+        self._send = send
+        self._wake = threading.Event()
+        self._closing = threading.Event()
+        self._complained = False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._latest: dict[str, int] = {}
+        self._file = path.open("ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise
+        except OSError:  # a file system without locks
+            pass
+        self._sent = self._read_sent()
+        entries = self._entries(0)
+        for entry, _ in entries:
+            self._remember(entry)
+        self._file.truncate(entries[-1][1] if entries else 0)  # half a line that a kill left
+        self.finished = bool(entries) and entries[-1][0].status != ""
+        self._thread = threading.Thread(target=self._run, name="tuneline-spool", daemon=True)
+        self._thread.start()
+
+    def put(self, metrics: Mapping[str, float], step: int) -> None:
+        """Add figures of a step; those that the file has for this step or a later one are not."""
+        fresh = {k: float(v) for k, v in metrics.items() if step > self._latest.get(k, -1)}
+        if not fresh:
+            return
+        self._append(Entry(fresh, step, int(time.time() * 1000)))
+
+    def put_status(self, status: str) -> None:
+        """Add how the run ended."""
+        self._append(Entry({}, 0, int(time.time() * 1000), status))
+        self.finished = True
+
+    def _append(self, entry: Entry) -> None:
+        self._file.write(json.dumps(asdict(entry)).encode() + b"\n")
+        self._file.flush()
+        self._remember(entry)
+        self._wake.set()
+
+    def _remember(self, entry: Entry) -> None:
+        for key in entry.metrics:
+            self._latest[key] = max(entry.step, self._latest.get(key, -1))
+
+    def close(self, patience_seconds: float) -> bool:
+        """Wait until all is sent, at most so long; returns whether it is."""
+        self._closing.set()
+        self._wake.set()
+        self._thread.join(patience_seconds)
+        self._file.close()  # and gives up the lock
+        return self._sent == self._path.stat().st_size
+
+    def remove(self) -> None:
+        """Remove the files of a closed spool that has done its work."""
+        self._path.unlink(missing_ok=True)
+        self._sent_path.unlink(missing_ok=True)
+
+    def _entries(self, start: int) -> list[tuple[Entry, int]]:
+        with self._path.open("rb") as file:
+            file.seek(start)
+            content = file.read()
+        entries = []
+        position = start
+        for line in content.splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
+            position += len(line)
+            entries.append((Entry(**json.loads(line)), position))
+        return entries
+
+    def _read_sent(self) -> int:
+        try:
+            return int(self._sent_path.read_text())
+        except FileNotFoundError:
+            return 0
+
+    def _run(self) -> None:
+        pause = _LINGER_SECONDS
+        while True:
+            waiting = self._entries(self._sent)
+            batch: list[Entry] = []
+            end = self._sent
+            for entry, position in waiting:
+                if sum(len(e.metrics) for e in (*batch, entry)) > _BATCH_FIGURES:
+                    break
+                batch.append(entry)
+                end = position
+            if not batch:
+                if self._closing.is_set():
+                    return
+                self._wake.wait()
+                self._wake.clear()
+                self._closing.wait(_LINGER_SECONDS)
+                continue
+            try:
+                # first on this disk: what was sent must not be computed and sent again
+                with self._path.open("rb") as file:
+                    os.fsync(file.fileno())
+                self._send(batch)
+            except RegistryError as error:
+                if not self._complained:
+                    report(f"warning: metrics wait in {self._path} until MLflow is back: {error}")
+                    self._complained = True
+                if self._closing.is_set():  # whoever closes decides how long
+                    time.sleep(_LINGER_SECONDS)
+                elif not self._closing.wait(pause):
+                    pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+                continue
+            self._note_sent(end)
+            if self._complained:
+                report("MLflow is back: the metrics that waited are sent")
+            self._complained, pause = False, _LINGER_SECONDS
+            if len(batch) == len(waiting):
+                self._closing.wait(_LINGER_SECONDS)
+
+    def _note_sent(self, end: int) -> None:
+        aside = self._sent_path.with_suffix(".partial")
+        aside.write_text(str(end))
+        aside.replace(self._sent_path)
+        self._sent = end
