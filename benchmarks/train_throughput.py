@@ -12,10 +12,10 @@ step), LoRA configuration (rank 8, every linear layer, every block), learning ra
 
 Variants alternate, each in a process of its own; the tables show medians. TRL runs under
 `--trl-python`, an environment with the same torch and transformers; without it, it is left out.
-Rates are of real tokens (without padding) per CPU-second of the training loop alone, which other
-load on the machine changes least. The ceiling is what the measured fp32 matrix product would
-allow: 4 FLOPs a parameter and token (2 forward, 2 backward to the inputs; frozen weights get no
-gradient).
+Rates are of real tokens (without padding) per CPU-second of the training loop alone. One thread by
+default: on a busy machine several spin while they wait for each other, and CPU-seconds would count
+that. The ceiling is what the measured fp32 matrix product would allow: 4 FLOPs a parameter and
+token (2 forward, 2 backward to the inputs; frozen weights get no gradient).
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ def main() -> None:
     parser.add_argument("--trl-python", help="interpreter of an environment with TRL")
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--variants", nargs="*", help="only these")
     options = parser.parse_args()
     if options.child:

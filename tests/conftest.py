@@ -34,7 +34,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No test writes into the user's cache or talks to the user's MLflow."""
     monkeypatch.setenv("TUNELINE_CACHE", str(tmp_path / "cache"))
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "TUNELINE_MLFLOW_ARTIFACTS"):
+    for name in (
+        "MLFLOW_TRACKING_URI",
+        "MLFLOW_RUN_ID",
+        "TUNELINE_MLFLOW_ARTIFACTS",
+        "TUNELINE_CHECKPOINTS",
+    ):
         monkeypatch.setenv(name, "")  # so that what a test leaves set is taken back
         monkeypatch.delenv(name)
     yield

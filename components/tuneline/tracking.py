@@ -13,6 +13,7 @@ component's inputs by their own names, and a clash would lose the plugin's whole
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -188,11 +189,14 @@ def send_entries(client: MlflowClient, run_id: str, entries: Sequence[Entry]) ->
 
 
 def _spool_folder() -> Path:
-    """Beside the checkpoints, where a retried pod finds it."""
+    """Beside the checkpoints, where a retried pod finds it; one for each server."""
     root = os.environ.get("TUNELINE_CHECKPOINTS")
-    if root:
-        return Path(root) / "metrics"
-    return Path(tempfile.gettempdir()) / f"tuneline-metrics-{os.getuid()}"
+    folder = (
+        Path(root) / "metrics"
+        if root
+        else Path(tempfile.gettempdir()) / f"tuneline-metrics-{os.getuid()}"
+    )
+    return folder / hashlib.sha256(safe_uri().encode()).hexdigest()[:12]
 
 
 def _send_leftovers(client: MlflowClient) -> None:

@@ -28,7 +28,8 @@ from tuneline.tracking import safe_uri
 
 SUMMARY: Final = "summary.json"
 _ERROR_PREFIX: Final = "error: "
-_STOP_SECONDS: Final = 20
+_STOP_SECONDS: Final = 30
+"""A training step's grace period, as on the cluster: it writes a checkpoint."""
 _KFP_LINE: Final = re.compile(r" - (INFO|ERROR|WARNING) - ")
 
 

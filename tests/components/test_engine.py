@@ -293,15 +293,19 @@ def trainer_of(
         learning_rate=0.01, gradient_accumulation_steps=accumulation, warmup_fraction=0
     )
     data = how.pop("data", None) or rows(8)
+    validation = how.pop("validation", None)
     arguments = training_arguments(
-        training, METHOD, steps=steps, validates=False, output_dir=tmp_path / "trainer"
+        training,
+        METHOD,
+        steps=steps,
+        validates=validation is not None,
+        output_dir=tmp_path / "trainer",
     )
-    arguments.logging_steps = 1
     return SupervisedTrainer(
         model=model,
         args=arguments,
         train_loader=loader(data, batches),
-        validation_loader=how.pop("validation", None),
+        validation_loader=validation,
         create_optimizer=lambda chosen, options: None,
         **how,
     )
@@ -350,10 +354,15 @@ def test_memory_that_does_not_suffice_says_what_to_lower(model: nn.Module, tmp_p
         torch.empty(2**50)
 
 
-def test_sigterm_inside_an_accumulated_step_keeps_the_last_whole_one(
-    tiny_model: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("stop_at", "step"),
+    [(10, 2), (8, 2), (16, 4)],
+    ids=["inside step 3", "before an evaluation", "at the end"],
+)
+def test_sigterm_keeps_the_last_whole_step_and_what_was_due_after_it(
+    tiny_model: Path, tmp_path: Path, stop_at: int, step: int
 ) -> None:
-    def run(checkpoints: Checkpoints | None, stop_at: int | None) -> SupervisedTrainer:
+    def run(checkpoints: Checkpoints | None, at: int | None) -> SupervisedTrainer:
         torch.manual_seed(0)
         base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
         model = attach(base, LoraSettings(dropout=0.2))
@@ -367,6 +376,7 @@ def test_sigterm_inside_an_accumulated_step_keeps_the_last_whole_one(
             checkpoints=checkpoints,
             schedule=Schedule(60),
             termination=termination,
+            validation=loader(rows(5, seed=1), [[0, 1], [2, 3, 4]]),
         )
         calls = 0
         compute = trainer.compute_loss
@@ -374,7 +384,7 @@ def test_sigterm_inside_an_accumulated_step_keeps_the_last_whole_one(
         def counted(*arguments, **options):
             nonlocal calls
             calls += 1
-            termination.requested = calls == stop_at
+            termination.requested = termination.requested or calls == at
             return compute(*arguments, **options)
 
         trainer.compute_loss = counted
@@ -383,14 +393,37 @@ def test_sigterm_inside_an_accumulated_step_keeps_the_last_whole_one(
 
     whole = run(None, None)
     with Checkpoints(tmp_path / "key", limit=1) as checkpoints:
-        with pytest.raises(Terminated, match="a checkpoint of step 2 was written"):
-            run(checkpoints, stop_at=10)  # the second micro-batch of step 3
+        with pytest.raises(Terminated, match=f"a checkpoint of step {step} was written"):
+            run(checkpoints, stop_at)
         resumed = run(checkpoints, None)
+    assert len([entry for entry in whole.state.log_history if "eval_loss" in entry]) == 2
     assert resumed.state.log_history == whole.state.log_history
     for (name, one), (_, other) in zip(
         resumed.model.named_parameters(), whole.model.named_parameters(), strict=True
     ):
         assert torch.equal(one, other), name
+
+
+def test_gradient_checkpointing_changes_no_bit_of_the_losses(
+    tiny_model: Path, dataset: artifacts.Artifact, tmp_path: Path
+) -> None:
+    plain, _ = trained(tiny_model, dataset, tmp_path / "plain")
+    again, _ = trained(tiny_model, dataset, tmp_path / "again", gradient_checkpointing=True)
+    assert losses(again) == losses(plain)
+
+
+def test_packing_trains_on_the_same_rows_without_padding(
+    tiny_model: Path, dataset: artifacts.Artifact, tmp_path: Path, capsys
+) -> None:
+    grouped, _ = trained(tiny_model, dataset, tmp_path / "grouped", epochs=1, learning_rate=1e-6)
+    packed, _ = trained(
+        tiny_model, dataset, tmp_path / "packed", epochs=1, learning_rate=1e-6, batching="packed"
+    )
+    assert "padding 0%" in capsys.readouterr().out
+    # the same rows of a model that hardly moves, whatever the batches
+    assert losses(packed, "eval_loss")[-1] == pytest.approx(
+        losses(grouped, "eval_loss")[-1], rel=1e-4
+    )
 
 
 def test_training_stops_early_and_takes_the_best_weights(
@@ -416,13 +449,24 @@ def test_training_stops_early_and_takes_the_best_weights(
 
     tuned = PeftModel.from_pretrained(loaded, adapter.path)
     batches = batches_of(dataset, "validation", batch_tokens=128, pad_token_id=0, seed=None)
-    assert loss_module.held_out_loss(tuned, batches) == pytest.approx(best, rel=1e-5)
+    nll, tokens = loss_module.held_out_nll(tuned, batches)
+    assert nll / tokens == pytest.approx(best, rel=1e-5)
     assert not list(tmp_path.glob("*.checkpoints"))
 
 
 def test_early_stopping_needs_the_best_weights() -> None:
     with pytest.raises(RecipeError, match="early_stopping_patience needs load_best"):
         check(TrainingSection, {"early_stopping_patience": 2}, source="training")
+
+
+def test_a_validation_loss_that_is_not_finite_is_an_error(tiny_model: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    held_out = loader(rows(2), [[0, 1]])
+    trainer = trainer_of(model, [[0]], tmp_path, 1, 1, validation=held_out)
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+    with pytest.raises(TrainingError, match="validation loss is nan at step 0"):
+        trainer.evaluate()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from tuneline.errors import ModelError, TrainingError
+from tuneline.errors import ModelError
 from tuneline.finetune.methods.structure import output_layer
 
 if TYPE_CHECKING:
@@ -189,22 +189,6 @@ def held_out_nll(model: nn.Module, batches: Iterable[dict[str, Any]]) -> tuple[f
     finally:
         model.train(was_training)
     return total, count
-
-
-def held_out_loss(model: nn.Module, batches: Iterable[dict[str, Any]]) -> float:
-    """Mean negative log-likelihood in nats per supervised token, over all batches.
-
-    Raises:
-        TrainingError: it is not finite.
-    """
-    total, count = held_out_nll(model, batches)
-    mean = total / count
-    if mean != mean or mean in (float("inf"), float("-inf")):
-        raise TrainingError(
-            f"held-out loss is {mean}: the model's weights or its precision are broken; "
-            "lower training.learning_rate"
-        )
-    return mean
 
 
 def _output_layer(model: Any) -> nn.Module:
