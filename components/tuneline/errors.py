@@ -10,6 +10,7 @@
     |-- TrainingError             1   training can't go on
     |-- MergeError                1   merged weights are not what the adapter computes
     `-- RegistryError             1   MLflow tracking or registry
+        `-- ConflictError         1   another promotion was first
 
 A message says what was wrong with its value, what is allowed, and what to do.
 """
@@ -77,6 +78,10 @@ class MergeError(TunelineError):
 
 class RegistryError(TunelineError):
     """MLflow tracking or the model registry."""
+
+
+class ConflictError(RegistryError):
+    """The champion is not the expected one: another promotion or rollback was first."""
 
 
 class Terminated(BaseException):

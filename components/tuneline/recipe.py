@@ -28,6 +28,8 @@ else:
     ]
 
 T = TypeVar("T", bound=Settings)
+HISTORY_SUFFIX: Final = ".history"
+"""The registered model `NAME.history` holds what was done to the model `NAME`."""
 
 
 class ModelSection(Settings):
@@ -160,8 +162,25 @@ class RegistrySection(Settings):
 
     model_name: str = Field(pattern=r"^[A-Za-z0-9_.\- ]+$")
     """Name of the registered model in MLflow."""
+    require_approval: bool = False
+    """Whether promotion waits until a person ran `tuneline approve`."""
+    to_model: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.\- ]+$")
+    """Another registered model, as `production.orders`, to copy a new champion to."""
     experiment: str = Field(default="tuneline", min_length=1)
     """MLflow experiment of the run."""
+
+    @field_validator("model_name", "to_model")
+    @classmethod
+    def _keeps_histories_apart(cls, value: str | None) -> str | None:
+        if value is not None and value.endswith(HISTORY_SUFFIX):
+            raise ValueError(f"must not end with {HISTORY_SUFFIX}, which names the histories")
+        return value
+
+    @model_validator(mode="after")
+    def _copies_to_another(self) -> RegistrySection:
+        if self.to_model == self.model_name:
+            raise ValueError("to_model must be another model than model_name")
+        return self
 
 
 class Recipe(Settings):

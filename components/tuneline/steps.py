@@ -183,22 +183,48 @@ def merge(
 
 
 def register(
-    model: str, eval_report: str, model_name: str, run_id: str = "", experiment: str = ""
+    model: str,
+    eval_report: str,
+    registry: Mapping[str, Any],
+    run_id: str = "",
+    experiment: str = "",
 ) -> int:
     """A MergedModel and its EvalReport to a registered version; returns its number."""
     from tuneline.register.register import register as register_version
 
-    recipe.check(recipe.RegistrySection, {"model_name": model_name}, source="registry")
+    section = recipe.check(recipe.RegistrySection, registry, source="registry")
     with _step("register", run_id, experiment, ("mlflow",)) as step:
-        return register_version(Path(model), Path(eval_report), model_name, run_id, step)
+        return register_version(
+            Path(model),
+            Path(eval_report),
+            section.model_name,
+            run_id,
+            step,
+            require_approval=section.require_approval,
+        )
 
 
-def promote(model_name: str, version: int, run_id: str = "", experiment: str = "") -> str:
-    """A registered version to champion; returns its alias, empty when the gate refused it."""
+def promote(
+    registry: Mapping[str, Any],
+    version: int,
+    run_id: str = "",
+    experiment: str = "",
+    *,
+    expect_champion: int | None = None,
+    by: str = "",
+) -> str:
+    """A registered version to champion; returns its alias, empty when it was refused."""
+    from tuneline.register.copy import copy_and_promote
+    from tuneline.register.promote import Request
     from tuneline.register.promote import promote as promote_version
 
+    section = recipe.check(recipe.RegistrySection, registry, source="registry")
+    asked_by = by or f"pipeline run {run_id}"
+    request = Request(version, asked_by, run_id, expect_champion)
     with _step("promote", run_id, experiment, ("torch", "transformers", "mlflow")) as step:
-        promotion = promote_version(model_name, version)
+        promotion = promote_version(section.model_name, request)
+        if promotion.alias and section.to_model:
+            copy_and_promote(section.model_name, section.to_model, request)
         step.log_params({"alias": promotion.alias, "reason": promotion.reason})
     if run_id:
         finish_run(run_id, experiment)

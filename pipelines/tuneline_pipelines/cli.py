@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 import textwrap
@@ -23,6 +22,7 @@ from tuneline import __version__
 from tuneline.errors import EXIT_FAILED, EXIT_TERMINATED, Terminated, TunelineError, UsageError
 from tuneline.progress import complain, minutes
 from tuneline.termination import raise_on_sigterm
+from tuneline_pipelines import registry_cli
 
 _EXIT_INTERRUPTED = 130
 
@@ -63,8 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_finetune(commands)
     _add_evaluate(commands)
     _add_merge(commands)
-    _add_register(commands)
-    _add_promote(commands)
+    registry_cli.add_commands(commands)
     _add_fetch_model(commands)
     _add_compile(commands)
     _add_schema(commands)
@@ -243,51 +242,6 @@ def _merge(options: argparse.Namespace) -> int:
 
     export = _section("export", options.overrides, {})
     steps.merge(options.base_model, options.adapter, export, str(options.output))
-    return 0
-
-
-def _add_register(commands: Any) -> None:
-    register = commands.add_parser("register", help="MergedModel + EvalReport -> version in MLflow")
-    register.add_argument("--model", required=True, metavar="DIR", help="a MergedModel")
-    register.add_argument("--report", required=True, metavar="DIR", help="its EvalReport")
-    register.add_argument("--name", required=True, help="of the registered model")
-    _add_tracking_uri(register)
-    register.set_defaults(command=_register)
-
-
-def _add_tracking_uri(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tracking-uri", metavar="URI", help="MLflow server (default: MLFLOW_TRACKING_URI)"
-    )
-
-
-def _register(options: argparse.Namespace) -> int:
-    from tuneline import steps
-
-    _use_tracking_uri(options)
-    version = steps.register(options.model, options.report, options.name)
-    print(version)
-    return 0
-
-
-def _use_tracking_uri(options: argparse.Namespace) -> None:
-    if options.tracking_uri:
-        os.environ["MLFLOW_TRACKING_URI"] = options.tracking_uri
-
-
-def _add_promote(commands: Any) -> None:
-    promote = commands.add_parser("promote", help="registered version -> champion")
-    promote.add_argument("name", metavar="NAME", help="of the registered model")
-    promote.add_argument("--version", required=True, type=int, metavar="N")
-    _add_tracking_uri(promote)
-    promote.set_defaults(command=_promote)
-
-
-def _promote(options: argparse.Namespace) -> int:
-    from tuneline import steps
-
-    _use_tracking_uri(options)
-    steps.promote(options.name, options.version)
     return 0
 
 

@@ -173,7 +173,7 @@ def pipeline_arguments(recipe: Recipe) -> dict[str, Any]:
         "evaluation": values["evaluation"],
         "gate": values["gate"],
         "export": values["export"],
-        "registry": {"model_name": registry["model_name"]},
+        "registry": {key: value for key, value in registry.items() if key != "experiment"},
         "experiment": registry["experiment"],
     }
 

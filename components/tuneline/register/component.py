@@ -20,7 +20,7 @@ def register(
         steps.register,
         model=model.path,
         eval_report=eval_report.path,
-        model_name=registry["model_name"],
+        registry=registry,
         run_id=run_id,
         experiment=experiment,
     )
@@ -33,7 +33,7 @@ def promote(run_id: str, experiment: str, registry: dict, version: int) -> str:
 
     return steps.guard(
         steps.promote,
-        model_name=registry["model_name"],
+        registry=registry,
         version=version,
         run_id=run_id,
         experiment=experiment,

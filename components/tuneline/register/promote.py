@@ -1,23 +1,50 @@
-"""Make a registered version the champion, if its evaluation says so and it loads."""
+"""Make a registered version the champion, if its evaluation says so and it loads.
+
+When may a version replace a champion? Its gate must have passed, and the evidence must be about
+the champion that it replaces:
+
+1. There is no champion: yes.
+2. The candidate was compared with a champion at its evaluation: only while that very version is
+   still champion. Else it has to be evaluated again, whatever is expected.
+3. It was compared with its base only, and `expect_champion` names the champion: yes; a person
+   takes the responsibility.
+4. It was compared with its base only, and nothing is expected: only if candidate and champion
+   answered the same test rows, and the candidate's score is no lower.
+
+A copy from another registered model (`tuneline.copied_from`) may also replace whatever was
+champion there before: it got there by these rules, step by step.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from tuneline import artifacts
-from tuneline.errors import RegistryError
+from tuneline.errors import ConflictError, RegistryError
 from tuneline.progress import report
-from tuneline.register.register import TAG
+from tuneline.register import history, tags
+from tuneline.register.champion import (
+    CHAMPION,
+    LEASE_SECONDS,
+    Standing,
+    find_version,
+    move,
+    settle,
+    settled_standing,
+    standing,
+)
+from tuneline.register.history import Entry, History
+from tuneline.register.tags import TAG
+from tuneline.register.verify import label, verify
 from tuneline.tracking import mlflow_errors, open_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-CHAMPION: Final = "champion"
-PREVIOUS: Final = "previous"
+NO_CHAMPION: Final = 0
+"""What `expect_champion` says where there must be none yet."""
+_ATTEMPTS: Final = 10
 
 
 @dataclass(frozen=True)
@@ -29,76 +56,205 @@ class Promotion:
     reason: str
 
 
-def promote(model_name: str, version: int) -> Promotion:
-    """Move the alias `champion` to a version whose gate passed; the champion before becomes
-    `previous`.
+@dataclass(frozen=True)
+class Request:
+    """Who wants which version to be champion, and what they take for granted.
 
-    A version whose gate refused it is not an error: the registry stays as it is, and the reason
-    is in the answer.
+    Attributes:
+        version: the candidate.
+        by: who asks; kept in the history.
+        run_id: pipeline run that asks; a retry of it does not promote twice.
+        expect_champion: version that must be champion, `NO_CHAMPION` for none, None for any.
+        lease_seconds: how long a move of somebody else is left alone.
+    """
+
+    version: int
+    by: str
+    run_id: str = ""
+    expect_champion: int | None = None
+    lease_seconds: float = LEASE_SECONDS
+
+
+def promote(model_name: str, request: Request) -> Promotion:
+    """Move the alias `champion` to a version; the champion before becomes `previous`.
+
+    A version that may not be promoted is not an error: the registry stays as it is, and the
+    history and the answer say why.
 
     Raises:
-        RegistryError: no such model or version, a version without a verdict, files that differ
-            from their digest, or a model that does not load.
+        ConflictError: the champion is not the expected one, or another promotion was first.
+        RegistryError: no such model or version, no verdict, files or report that differ from what
+            was registered, a model that does not load, an alias that was moved by hand, or MLflow
+            can't be reached. The registry is as it was.
     """
     client = open_client()
-    with mlflow_errors(f"promoting {model_name} version {version}"):
-        found = client.get_model_version(model_name, str(version))
-        gate = found.tags.get(f"{TAG}gate")
-        if gate == "refused":
-            reason = found.tags.get(f"{TAG}gate_reasons", "")
-            report(f"{model_name} version {version} is not promoted: {reason}")
-            return Promotion(version, "", reason)
-        if gate != "passed":
-            raise RegistryError(
-                f"{model_name} version {version} has no verdict of a gate: register it with "
-                "`tuneline register`"
+    with mlflow_errors(f"promoting {model_name} version {request.version}"):
+        candidate = find_version(client, model_name, request.version)
+        now = standing(client, model_name)
+        if (done := _earlier_try(client, now, request)) is not None:
+            return done
+        if reason := refusal(client, candidate, now, request):
+            return _refuse(client, candidate, now.history, request, reason)
+        verify(client, candidate)
+        for _ in range(_ATTEMPTS):
+            now = settled_standing(client, model_name, request.lease_seconds)
+            if (done := _earlier_try(client, now, request)) is not None:
+                return done
+            if reason := refusal(client, candidate, now, request):
+                return _refuse(client, candidate, now.history, request, reason)
+            entry = Entry(
+                "promote",
+                request.version,
+                request.by,
+                replaces=now.champion,
+                run_id=request.run_id,
+                model_digest=candidate.tags[tags.MODEL_DIGEST],
+                report_digest=candidate.tags[tags.REPORT_DIGEST],
             )
-        check_loads(client, found)
-        _move(client, model_name, version)
-    report(f"{model_name} version {version} is {CHAMPION}")
-    return Promotion(version, CHAMPION, "")
+            if move(client, now.history, entry) is not None:
+                report(f"{label(candidate)} is {CHAMPION}")
+                return Promotion(request.version, CHAMPION, "")
+    raise RegistryError(
+        f"{label(candidate)}: other promotions were first {_ATTEMPTS} times: try again"
+    )
 
 
-def _move(client: MlflowClient, model_name: str, version: int) -> None:
-    aliases = client.get_registered_model(model_name).aliases
-    before = aliases.get(CHAMPION)
-    if before is not None and int(before) != version:
-        client.set_registered_model_alias(model_name, PREVIOUS, str(before))
-    client.set_registered_model_alias(model_name, CHAMPION, str(version))
+def _earlier_try(client: MlflowClient, now: Standing, request: Request) -> Promotion | None:
+    """What this request, or its try before, has already brought about."""
+    if now.champion == request.version and not now.is_outside:
+        last = now.history.last_move
+        if last is not None and not last.settled:
+            settle(client, now.history.model_name)
+        report(f"{now.history.model_name} version {request.version} is {CHAMPION}")
+        return Promotion(request.version, CHAMPION, "")
+    for entry in now.history.moves if request.run_id else ():
+        if (entry.action, entry.version, entry.run_id) == (
+            "promote", request.version, request.run_id,
+        ):  # fmt: skip
+            reason = (
+                f"this run made it {CHAMPION} (entry {entry.number} of the history), and since "
+                f"then it was replaced by {now}"
+            )
+            report(f"{now.history.model_name} version {request.version}: {reason}")
+            return Promotion(request.version, "", reason)
+    return None
 
 
-def check_loads(client: MlflowClient, version: ModelVersion) -> None:
-    """Verify the files against their manifest, load the model and run one token through it.
+def refusal(client: MlflowClient, candidate: ModelVersion, now: Standing, request: Request) -> str:
+    """Why the candidate may not become champion, or an empty string.
 
     Raises:
-        RegistryError: it does not hold.
+        ConflictError: the champion is not the expected one.
+        RegistryError: no verdict, or the alias was moved by hand.
     """
-    import mlflow.artifacts
-    import torch
+    gate = candidate.tags.get(tags.GATE)
+    if gate == "refused":
+        return candidate.tags.get(tags.GATE_REASONS, "its gate refused it")
+    if gate != "passed" or tags.MODEL_DIGEST not in candidate.tags:
+        raise RegistryError(
+            f"{label(candidate)} has no verdict of a gate: register it with `tuneline register`"
+        )
+    expected = request.expect_champion
+    if expected is not None and (now.champion or NO_CHAMPION) != expected:
+        wanted = f"version {expected}" if expected else "no version"
+        raise ConflictError(
+            f"{candidate.name}: {wanted} was expected to be {CHAMPION}, but {now} is; nothing was "
+            f"changed. Evaluate version {request.version} against that one, and promote again"
+        )
+    if now.is_outside and expected is None:
+        raise RegistryError(moved_outside(now))
+    return _comparison(client, candidate, now, expected) or _approval(candidate, now.history)
 
-    from tuneline.base_model import digest_of_code
-    from tuneline.errors import ArtifactError
-    from tuneline.finetune.load import load_base
 
-    uri = client.get_model_version_download_uri(version.name, version.version)
-    folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{uri}/model"))
+def moved_outside(now: Standing) -> str:
+    """The sentence for an alias that differs from the history."""
+    alias = f"names version {now.alias}" if now.alias else "is gone"
+    name, champion = now.history.model_name, now.history.champion
+    return (
+        f"{name}: the alias {CHAMPION} {alias}, but by the history version {champion} is "
+        f"{CHAMPION}: it was changed outside of tuneline. `tuneline rollback {name} --to "
+        f"{champion}` sets it right; to go on from it, promote with --expect-champion "
+        f"{now.alias or NO_CHAMPION}"
+    )
+
+
+def _comparison(
+    client: MlflowClient, candidate: ModelVersion, now: Standing, expected: int | None
+) -> str:
+    if now.champion in (None, int(candidate.version)):
+        return ""
+    champion = find_version(client, candidate.name, now.champion)
+    again = f"evaluate it against version {now.champion}, and promote that result"
+    compared = candidate.tags.get(tags.COMPARED_DIGEST, "")
+    if compared and compared in map(champion.tags.get, (tags.MODEL_DIGEST, tags.ADAPTER_DIGEST)):
+        return ""
+    if champion.tags.get(tags.MODEL_DIGEST) in _earlier_champions(client, candidate):
+        return ""
+    if compared:
+        before = candidate.tags.get(tags.COMPARED_WITH, "another version")
+        return f"it was compared with {before}, but {now} is {CHAMPION}: {again}"
+    if expected is not None:
+        return ""
+    if candidate.tags.get(tags.EVAL_SET_DIGEST) != champion.tags.get(tags.EVAL_SET_DIGEST):
+        return (
+            f"it was compared with its base only, and {now}, which is {CHAMPION}, answered other "
+            f"test rows: {again}, or name the champion with --expect-champion {now.champion}"
+        )
+    score, score_to_reach = _score(candidate), _score(champion)
+    if score < score_to_reach:
+        return (
+            f"its score {score:.4f} is below the {score_to_reach:.4f} of {now}, which is "
+            f"{CHAMPION}, on the same test rows"
+        )
+    return ""
+
+
+def _score(version: ModelVersion) -> float:
+    metric = version.tags.get(tags.METRIC, "exact_match")
     try:
-        model = artifacts.load(folder, "merged_model")
-    except ArtifactError as error:
-        raise RegistryError(f"{version.name} version {version.version}: {error}") from error
-    if model.digest != version.tags.get(f"{TAG}model_digest"):
-        raise RegistryError(
-            f"{version.name} version {version.version}: its files are not the registered ones "
-            f"({model.digest[:19]}): register the model again"
-        )
-    code = model.manifest.base_model.get("code", "")
-    if code and digest_of_code(folder) != code:
-        raise RegistryError(
-            f"{version.name} version {version.version}: its Python code is not the pinned {code}: "
-            "register the model again"
-        )
-    with torch.inference_mode():
-        loaded = load_base(folder, trust_code=bool(code))
-        logits = loaded(torch.tensor([[0]], device=loaded.device)).logits
-    if not bool(logits.isfinite().all()):
-        raise RegistryError(f"{version.name} version {version.version}: its logits are not finite")
+        return float(version.tags[f"{TAG}tuned_{metric}"])
+    except (KeyError, ValueError) as error:
+        raise RegistryError(f"{label(version)} has no score: register the model again") from error
+
+
+def _earlier_champions(client: MlflowClient, candidate: ModelVersion) -> list[str]:
+    """Digests of what was champion of the model that the candidate was copied from."""
+    source = candidate.tags.get(tags.COPIED_FROM, "")
+    if not source:
+        return []
+    entries = history.read(client, source.removeprefix("models:/").rpartition("/")[0]).moves
+    return [entry.model_digest for entry in entries]
+
+
+def _approval(candidate: ModelVersion, now: History) -> str:
+    if candidate.tags.get(tags.APPROVAL_REQUIRED) != "true":
+        return ""
+    digests = (candidate.tags[tags.MODEL_DIGEST], candidate.tags[tags.REPORT_DIGEST])
+    if now.approval(int(candidate.version), *digests) is not None:
+        return ""
+    return (
+        f"it waits for an approval: `tuneline approve {candidate.name} --version "
+        f"{candidate.version} --by WHO --reason ...`"
+    )
+
+
+def _refuse(
+    client: MlflowClient, candidate: ModelVersion, seen: History, request: Request, reason: str
+) -> Promotion:
+    """Keep the refusal in the history, once however often it is asked for."""
+    last = seen.last_move
+    entry = Entry(
+        "refuse",
+        request.version,
+        request.by,
+        reason,
+        builds_on=last.number if last else 0,
+        run_id=request.run_id,
+        model_digest=candidate.tags.get(tags.MODEL_DIGEST, ""),
+        report_digest=candidate.tags.get(tags.REPORT_DIGEST, ""),
+    )
+    known = (entry.action, entry.version, entry.reason, entry.builds_on)
+    if not any((e.action, e.version, e.reason, e.builds_on) == known for e in seen.entries):
+        history.append(client, seen, entry)
+    report(f"{label(candidate)} is not promoted: {reason}")
+    return Promotion(request.version, "", reason)

@@ -1,35 +1,45 @@
-"""MergedModel + EvalReport -> a version of a registered model in MLflow.
+"""A packaged model and its EvalReport -> one version of a registered model in MLflow.
 
-The version's files are an MLflow model of the `transformers` flavor around the merged folder, so
-that `mlflow.transformers.load_model("models:/NAME@champion")` serves it. The MLmodel file is
-written here: MLflow 3.17's own path for a local checkpoint fails with transformers 5 (its task
-table holds names where MLflow expects classes), and its other path loads all weights into memory.
+Four things are written, in an order that a retry can take up wherever a try before it died: a
+LoggedModel (pending), its files, the LoggedModel's end (ready), the version. The key that a retry
+looks for is pipeline run, step, and the digests of model and report.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from tuneline import artifacts
 from tuneline.artifacts import Artifact
 from tuneline.errors import ArtifactError
 from tuneline.progress import report
-from tuneline.tracking import TrackedStep, mlflow_errors, open_client
+from tuneline.register import tags
+from tuneline.register.package import lay_out, package_of
+from tuneline.register.tags import TAG
+from tuneline.tracking import Step, TrackedStep, mlflow_errors, open_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
 
-TAG: Final = "tuneline."
 CHALLENGER: Final = "challenger"
-_REQUIREMENTS: Final = ("torch", "transformers", "safetensors", "tokenizers", "accelerate")
+_KEY: Final = (tags.RUN_ID, tags.STEP, tags.MODEL_DIGEST, tags.REPORT_DIGEST)
 
 
-def register(model_dir: Path, report_dir: Path, model_name: str, run_id: str, step: object) -> int:
-    """Register once per pipeline run and content, however often the step is retried.
+def register(
+    model_dir: Path,
+    report_dir: Path,
+    model_name: str,
+    run_id: str,
+    step: Step,
+    *,
+    step_name: str = "register",
+    require_approval: bool = False,
+) -> int:
+    """Register once per pipeline run, step and content, however often the step is retried.
 
     Args:
         model_dir: a MergedModel.
@@ -37,6 +47,8 @@ def register(model_dir: Path, report_dir: Path, model_name: str, run_id: str, st
         model_name: of the registered model; created if it does not exist.
         run_id: of the pipeline run, empty outside of one.
         step: the tracked step whose run becomes the version's source, if there is one.
+        step_name: of the step in its pipeline.
+        require_approval: whether promotion has to wait for `tuneline approve`.
 
     Returns:
         The version's number.
@@ -45,72 +57,118 @@ def register(model_dir: Path, report_dir: Path, model_name: str, run_id: str, st
         ArtifactError: model and report are not of the same adapter.
         RegistryError: MLflow refuses or can't be reached.
     """
-    model = artifacts.load(model_dir, "merged_model")
+    package = package_of(model_dir)
+    model = artifacts.load(model_dir, package.kind)
     evaluation = artifacts.load(report_dir, "eval_report")
     if model.manifest.inputs["adapter"] != evaluation.manifest.inputs["adapter"]:
         raise ArtifactError(
-            f"{report_dir} evaluates another adapter than the one merged in {model_dir}: a model "
-            "is registered with its own evaluation only"
+            f"{report_dir} evaluates another adapter than the one of {model_dir}: a model is "
+            "registered with its own evaluation only"
         )
+    described = {
+        **tags.describe(model, evaluation),
+        tags.RUN_ID: run_id,
+        tags.STEP: step_name,
+        tags.IMAGE: os.environ.get("TUNELINE_IMAGE", "none"),
+        tags.APPROVAL_REQUIRED: "true" if require_approval else "false",
+    }
+    if require_approval:
+        described[tags.APPROVAL] = "waits for `tuneline approve`"
     client = open_client()
-    tags = _tags(model, evaluation, run_id)
     with mlflow_errors(f"registering {model_name}"):
-        number = _existing(client, model_name, tags)
+        number = _existing(client, model_name, described)
         if number is None:
-            number = _create(client, model, model_name, tags, step)
+            logged = _logged_model(client, model_name, described, step)
+            with tempfile.TemporaryDirectory() as aside:
+                folder = Path(aside)
+                described[tags.PACKAGE_DIGEST] = lay_out(
+                    package, model, evaluation, folder, logged.model_id
+                )
+                _upload(client, logged, folder)
+            number = _version(client, logged, model_name, described, step)
             report(f"registered {model_name} version {number}")
         else:
             report(f"{model_name} version {number} is already this run's: nothing to register")
-        client.set_registered_model_alias(model_name, CHALLENGER, str(number))
+        _log_lineage(evaluation, step)
+        _set_challenger(client, model_name, number)
     return number
 
 
-def _tags(model: Artifact, evaluation: Artifact, run_id: str) -> dict[str, str]:
-    result = evaluation.read_json("report.json")
-    proof = model.read_json("proof.json")
-    base = model.manifest.base_model
-    values = {
-        "run_id": run_id,
-        "model_digest": model.digest,
-        "report_digest": evaluation.digest,
-        "eval_set_digest": result["eval_set_digest"],
-        "base_model": base["reference"],
-        "base_model_revision": base["revision"],
-        "base_model_digest": base["digest"],
-        "method": model.manifest.config["method"]["name"],
-        "gate": "passed" if result["verdict"]["passed"] else "refused",
-        "gate_reasons": "; ".join(result["verdict"]["reasons"]),
-        f"base_{result['metric']}": f"{result['base']:.4f}",
-        f"tuned_{result['metric']}": f"{result['tuned']:.4f}",
-        "merge_max_logit_diff": f"{proof['max_logit_diff']:.2e}",
-        "merge_top1_agreement": f"{proof['top1_agreement']:.4f}",
-    }
-    return {TAG + key: value for key, value in values.items()}
+def _existing(client: MlflowClient, model_name: str, described: dict[str, str]) -> int | None:
+    same = [
+        int(found.version)
+        for found in client.search_model_versions(f"name = '{model_name}'")
+        if all(found.tags.get(key) == described[key] for key in _KEY)
+    ]
+    return min(same, default=None)
 
 
-def _existing(client: MlflowClient, model_name: str, tags: dict[str, str]) -> int | None:
-    for found in client.search_model_versions(f"name = '{model_name}'"):
-        keys = (f"{TAG}run_id", f"{TAG}model_digest", f"{TAG}report_digest")
-        if all(found.tags.get(key) == tags[key] for key in keys):
-            return int(found.version)
-    return None
+def _experiment_id(client: MlflowClient, step: Step) -> str:
+    if isinstance(step, TrackedStep):
+        return client.get_run(step.run_id).info.experiment_id
+    return "0"
 
 
-def _create(
-    client: MlflowClient, model: Artifact, model_name: str, tags: dict[str, str], step: object
-) -> int:
+def _logged_model(
+    client: MlflowClient, model_name: str, described: dict[str, str], step: Step
+) -> LoggedModel:
+    """The LoggedModel of this key: that of an earlier try, or a new one."""
+    experiment_id = _experiment_id(client, step)
+    query = " AND ".join(f"tags.`{key}` = '{described[key]}'" for key in _KEY)
+    found = client.search_logged_models(
+        [experiment_id],
+        filter_string=f"name = '{model_name}' AND {query}",
+        order_by=[{"field_name": "creation_time", "ascending": True}],
+    )
+    if found:
+        return found[0]
+    return client.create_logged_model(
+        experiment_id,
+        name=model_name,
+        source_run_id=step.run_id if isinstance(step, TrackedStep) else None,
+        tags=described,
+    )
+
+
+def _upload(client: MlflowClient, logged: LoggedModel, folder: Path) -> None:
+    """Send the files that are not there yet, one by one from disk, small ones last."""
     from mlflow.entities import LoggedModelStatus
+
+    if logged.status == LoggedModelStatus.READY:
+        return
+    there = _sizes(client, logged.model_id)
+    files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: -p.stat().st_size)
+    for file in files:
+        name = file.relative_to(folder)
+        if there.get(name.as_posix()) == file.stat().st_size:
+            continue
+        parent = name.parent.as_posix()
+        client.log_model_artifact(logged.model_id, str(file), None if parent == "." else parent)
+    client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+
+
+def _sizes(client: MlflowClient, model_id: str) -> dict[str, int]:
+    """Path -> size in bytes of what is uploaded; a file appears there only when it is whole."""
+    sizes: dict[str, int] = {}
+    folders: list[str | None] = [None]
+    while folders:
+        for entry in client.list_logged_model_artifacts(model_id, folders.pop()):
+            if entry.is_dir:
+                folders.append(entry.path)
+            else:
+                sizes[entry.path] = entry.file_size or 0
+    return sizes
+
+
+def _version(
+    client: MlflowClient,
+    logged: LoggedModel,
+    model_name: str,
+    described: dict[str, str],
+    step: Step,
+) -> int:
     from mlflow.exceptions import MlflowException
 
-    source_run = step.run_id if isinstance(step, TrackedStep) else None
-    experiment_id = client.get_run(source_run).info.experiment_id if source_run else "0"
-    logged = client.create_logged_model(
-        experiment_id, name=model_name, source_run_id=source_run, tags=tags
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        _lay_out(model, Path(folder), source_run, logged.model_id)
-        client.log_model_artifacts(logged.model_id, folder)
-    client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
     try:
         client.create_registered_model(model_name)
     except MlflowException as error:
@@ -119,63 +177,43 @@ def _create(
     created = client.create_model_version(
         model_name,
         source=logged.artifact_location,
-        run_id=source_run,
-        tags=tags,
+        run_id=step.run_id if isinstance(step, TrackedStep) else None,
+        tags=described,
+        description=_description(described),
         model_id=logged.model_id,
+        await_creation_for=0,
     )
+    # MLflow's client repeats a request whose answer was lost: then there are two of them
+    first = _existing(client, model_name, described)
+    if first is not None and first < int(created.version):
+        client.delete_model_version(model_name, created.version)
+        return first
     return int(created.version)
 
 
-def _lay_out(model: Artifact, folder: Path, run_id: str | None, model_id: str) -> None:
-    """An MLflow model around links to the merged files: nothing is copied before the upload."""
-    from mlflow.models import Model
-    from mlflow.models.signature import ModelSignature
-    from mlflow.types.schema import ColSpec, DataType, Schema
-
-    weights, tokenizer = folder / "model", folder / "components" / "tokenizer"
-    weights.mkdir()
-    tokenizer.mkdir(parents=True)
-    for file in sorted(model.path.iterdir()):
-        (weights / file.name).symlink_to(file.resolve())
-        if file.suffix in (".json", ".jinja", ".model", ".txt"):
-            (tokenizer / file.name).symlink_to(file.resolve())
-    config: dict[str, Any] = model.read_json("config.json")
-    flavor = {
-        "transformers_version": version("transformers"),
-        "task": "text-generation",
-        "instance_type": "TextGenerationPipeline",
-        "pipeline_model_type": config["architectures"][0],
-        "source_model_name": model.manifest.base_model["reference"],
-        "model_binary": "model",
-        "components": ["tokenizer"],
-        "tokenizer_type": model.read_json("tokenizer_config.json").get(
-            "tokenizer_class", "PreTrainedTokenizerFast"
-        ),
-    }
-    text = Schema([ColSpec(DataType.string)])
-    mlmodel = Model(
-        artifact_path=model_id,
-        model_id=model_id,
-        run_id=run_id,
-        signature=ModelSignature(inputs=text, outputs=text),
-        metadata={"tuneline_manifest_digest": model.digest},
-    )
-    mlmodel.add_flavor("transformers", **flavor)
-    mlmodel.add_flavor(
-        "python_function",
-        loader_module="mlflow.transformers",
-        python_version=_python_version(),
-        env={"virtualenv": "python_env.yaml"},
-    )
-    mlmodel.save(str(folder / "MLmodel"))
-    pinned = "".join(f"{name}=={version(name)}\n" for name in _REQUIREMENTS)
-    (folder / "requirements.txt").write_text(pinned)
-    (folder / "python_env.yaml").write_text(
-        json.dumps({"python": _python_version(), "dependencies": ["-r requirements.txt"]})
+def _description(described: dict[str, str]) -> str:
+    """What a person reads first on the version's page in MLflow."""
+    metric = described[tags.METRIC]
+    gate = described[tags.GATE]
+    if described[tags.GATE_REASONS]:
+        gate += f" ({described[tags.GATE_REASONS]})"
+    return (
+        f"{described[f'{TAG}method']} on {described[f'{TAG}base_model']}: {metric} "
+        f"{described[f'{TAG}base_{metric}']} -> {described[f'{TAG}tuned_{metric}']} on "
+        f"{described[f'{TAG}test_rows']} test rows, compared with "
+        f"{described[tags.COMPARED_WITH]}. Gate: {gate}."
     )
 
 
-def _python_version() -> str:
-    import platform
+def _log_lineage(evaluation: Artifact, step: Step) -> None:
+    """Which data the version was trained and evaluated on, at its source run."""
+    result = evaluation.read_json("report.json")
+    step.log_dataset("train", evaluation.manifest.inputs["prepared_dataset"], "training")
+    step.log_dataset("test", result["eval_set_digest"], "evaluation")
 
-    return platform.python_version()
+
+def _set_challenger(client: MlflowClient, model_name: str, number: int) -> None:
+    """Name the newest version; a late retry of an older run does not take the name back."""
+    before = client.get_registered_model(model_name).aliases.get(CHALLENGER)
+    if before is None or int(before) < number:
+        client.set_registered_model_alias(model_name, CHALLENGER, str(number))

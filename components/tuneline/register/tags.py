@@ -1,0 +1,70 @@
+"""What a version says of itself in MLflow, all of it derived from its files.
+
+`describe` is run when a version is registered, and again before it is promoted: a tag that says
+something else than the files is noticed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from tuneline.artifacts import Artifact, digest_of
+
+TAG: Final = "tuneline."
+RUN_ID: Final = f"{TAG}run_id"
+STEP: Final = f"{TAG}step"
+IMAGE: Final = f"{TAG}image"
+PACKAGE_DIGEST: Final = f"{TAG}package_digest"
+APPROVAL_REQUIRED: Final = f"{TAG}approval_required"
+APPROVAL: Final = f"{TAG}approval"
+"""For a person who looks at the version in MLflow; the history decides."""
+COPIED_FROM: Final = f"{TAG}copied_from"
+MODEL_DIGEST: Final = f"{TAG}model_digest"
+ADAPTER_DIGEST: Final = f"{TAG}adapter_digest"
+REPORT_DIGEST: Final = f"{TAG}report_digest"
+EVAL_SET_DIGEST: Final = f"{TAG}eval_set_digest"
+GATE: Final = f"{TAG}gate"
+GATE_REASONS: Final = f"{TAG}gate_reasons"
+METRIC: Final = f"{TAG}metric"
+COMPARED_WITH: Final = f"{TAG}compared_with"
+COMPARED_DIGEST: Final = f"{TAG}compared_digest"
+_VALUE_LENGTH: Final = 5000
+"""MySQL and PostgreSQL take more, MLflow before 3.0 did not."""
+
+
+def describe(model: Artifact, evaluation: Artifact) -> dict[str, str]:
+    """Tags of a version, from its model and its report."""
+    result: dict[str, Any] = evaluation.read_json("report.json")
+    base = model.manifest.base_model
+    champion = result.get("champion") or {}
+    metric = result["metric"]
+    values = {
+        MODEL_DIGEST: model.digest,
+        ADAPTER_DIGEST: model.manifest.inputs["adapter"],
+        REPORT_DIGEST: evaluation.digest,
+        EVAL_SET_DIGEST: result["eval_set_digest"],
+        f"{TAG}train_data_digest": evaluation.manifest.inputs["prepared_dataset"],
+        f"{TAG}recipe_digest": digest_of(
+            {"training": model.manifest.config, "evaluation": evaluation.manifest.config}
+        ),
+        f"{TAG}base_model": base["reference"],
+        f"{TAG}base_model_revision": base["revision"],
+        f"{TAG}base_model_digest": base["digest"],
+        f"{TAG}method": model.manifest.config["method"]["name"],
+        f"{TAG}tuneline_version": model.manifest.tuneline_version,
+        GATE: "passed" if result["verdict"]["passed"] else "refused",
+        GATE_REASONS: "; ".join(result["verdict"]["reasons"]),
+        METRIC: metric,
+        f"{TAG}test_rows": str(result["rows"]),
+        f"{TAG}base_{metric}": f"{result['base']:.4f}",
+        f"{TAG}tuned_{metric}": f"{result['tuned']:.4f}",
+        COMPARED_WITH: (
+            f"{champion['name']} version {champion['version']}" if champion else "its base only"
+        ),
+        COMPARED_DIGEST: champion.get("digest", ""),
+    }
+    if model.manifest.kind == "merged_model":
+        proof = model.read_json("proof.json")
+        values[f"{TAG}merge_max_logit_diff"] = f"{proof['max_logit_diff']:.2e}"
+        values[f"{TAG}merge_top1_agreement"] = f"{proof['top1_agreement']:.4f}"
+    return {key: value[:_VALUE_LENGTH] for key, value in values.items()}
