@@ -5,8 +5,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -116,3 +117,54 @@ def tiny_model(
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_candidate(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Path, Path]]:
+    """Writes a MergedModel and its EvalReport: a function of its name and of what was measured."""
+
+    def make(
+        name: str,
+        *,
+        tuned: float = 0.8,
+        passed: bool = True,
+        champion: dict[str, Any] | None = None,
+        eval_set: str = "rows",
+    ) -> tuple[Path, Path]:
+        from tuneline import artifacts
+
+        folder = tmp_path_factory.mktemp(f"candidate-{name}")
+        model, report = folder / "model", folder / "report"
+        base = {"reference": "tiny", "revision": "", "digest": "sha256:base"}
+        adapter = artifacts.digest_of(["adapter", name])
+        config = {"method": {"name": "lora"}, "training": {"seed": 1}}
+        with artifacts.writing(model) as aside:
+            for file in tiny_model.iterdir():
+                shutil.copyfile(file, aside / file.name)
+            proof = {"max_logit_diff": 1e-5, "top1_agreement": 1.0}
+            (aside / "proof.json").write_text(json.dumps(proof))
+            artifacts.seal(
+                aside, kind="merged_model", config=config, base_model=base,
+                inputs={"adapter": adapter},
+            )  # fmt: skip
+        result = {
+            "metric": "exact_match",
+            "rows": 120,
+            "base": 0.1,
+            "tuned": tuned,
+            "eval_set_digest": artifacts.digest_of(eval_set),
+            "verdict": {"passed": passed, "reasons": [] if passed else ["the gain is too small"]},
+            "samples": [{"question": "apple number 3 is red"}],
+            "champion": champion,
+        }
+        with artifacts.writing(report) as aside:
+            (aside / "report.json").write_text(json.dumps(result))
+            artifacts.seal(
+                aside, kind="eval_report", config={"gate": {}}, base_model=base,
+                inputs={"adapter": adapter, "prepared_dataset": artifacts.digest_of("data")},
+            )  # fmt: skip
+        return model, report
+
+    return make
