@@ -60,6 +60,7 @@ def _quiet_libraries() -> None:
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     # a model's own pinned code is copied there before it is imported
     os.environ.setdefault("HF_MODULES_CACHE", str(cache_dir() / "modules"))
     # peft 0.21 on transformers 5.23

@@ -277,7 +277,8 @@ def append(client: MlflowClient, history: History, entry: Entry) -> tuple[Histor
     from mlflow.exceptions import MlflowException
 
     entry = replace(entry, seen=len(history.entries), chain=chain_of(history.entries))
-    _create_history(client, history.model_name)
+    if not history.entries:
+        _create_history(client, history.model_name)
     for attempt in range(_TRIES):
         failure = None
         try:
