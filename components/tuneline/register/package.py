@@ -26,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from tuneline import artifacts
 from tuneline.artifacts import MANIFEST, Artifact, Kind, digest_of, digest_of_file
 from tuneline.errors import ArtifactError, RegistryError
 
@@ -80,10 +81,14 @@ def _add_transformers(model: Artifact, folder: Path, mlmodel: Model) -> None:
 def _check_merged_loads(folder: Path) -> None:
     import torch
 
+    from tuneline.base_model import digest_of_code
     from tuneline.finetune.load import load_base
 
+    code = artifacts.load(folder, "merged_model").manifest.base_model.get("code", "")
+    if code and digest_of_code(folder) != code:
+        raise RegistryError(f"its Python code is not the pinned {code}")
     with torch.inference_mode():
-        loaded = load_base(folder)
+        loaded = load_base(folder, trust_code=bool(code))
         logits = loaded(torch.tensor([[0]], device=loaded.device)).logits
     if not bool(logits.isfinite().all()):
         raise RegistryError("its logits are not finite")
