@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar, Union
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from tuneline.errors import RecipeError, did_you_mean
+from tuneline.evaluate.metrics import METRICS, unknown_metric
 from tuneline.finetune.methods import METHODS
 from tuneline.finetune.methods.lora import LoraSettings
 from tuneline.finetune.methods.method import Method, MethodSettings
@@ -128,25 +129,72 @@ class TrainingSection(Settings):
 
 
 class EvaluationSection(Settings):
-    """How base and tuned model are compared on the test split."""
+    """What is measured on the test split, and how."""
 
+    metrics: tuple[str, ...] = Field(default=METRICS, min_length=1)
+    """What every row is scored by. Without a metric of answers (`cross_entropy`, `perplexity`
+    alone), nothing is generated."""
+    slices: tuple[str, ...] = ()
+    """Columns of the rows; each of their values gets scores of its own."""
+    max_rows: int = Field(default=1000, ge=1)
+    """At most this many test rows, of more those with the lowest hash."""
     batch_size: int = Field(default=32, ge=1)
-    """Prompts generated at once."""
+    """Most prompts generated at once."""
+    batch_tokens: int = Field(default=16384, ge=8)
+    """Most tokens generated at once, prompts and padding included: the cache of keys and values
+    grows with them."""
     max_new_tokens: int | None = Field(default=None, ge=1)
     """Longest answer; unset: the longest reference plus a quarter."""
-    max_rows: int = Field(default=1000, ge=1)
-    """At most this many test rows, the first in the split's order."""
+    general_text: bool = True
+    """Measure forgetting on the general text that comes with tuneline."""
+    forgetting_sets: dict[str, str] = Field(default_factory=dict)
+    """Name -> local file of texts that the model must not forget: paragraphs of `.txt`, or JSON
+    lines with `text`."""
+
+    @field_validator("metrics", "slices", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("metrics")
+    @classmethod
+    def _are_known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if fault := unknown_metric(name):
+                raise ValueError(fault)
+        return tuple(dict.fromkeys(value))
 
 
 class GateSection(Settings):
     """What has to hold before a version may become champion."""
 
-    metric: Literal["exact_match"] = "exact_match"
-    """The per-row score that decides."""
-    min_gain: float = Field(default=0.0, ge=0, le=1)
-    """The lower bound of the 95 % interval of (tuned - base) must be above this."""
+    metric: str = "exact_match"
+    """The metric that decides, one of evaluation.metrics."""
+    min_gain: float = Field(default=0.0, ge=0)
+    """The lower bound of the 95 % interval of the gain over the base must be above this. Of
+    metrics where lower is better, gain is what they went down by."""
     min_rows: int = Field(default=100, ge=1)
     """Fewer test rows refuse the promotion."""
+    champion: Literal["better", "not_worse", "ignore"] = "better"
+    """`better`: the interval of the gain over the current champion must lie above champion_margin.
+    `not_worse`: it must not reach below minus champion_margin. `ignore`: no comparison."""
+    champion_margin: float = Field(default=0.0, ge=0)
+    """In the metric's unit."""
+    slice_floors: dict[str, float] = Field(default_factory=dict)
+    """`column` or `column=value` -> least score of the tuned model on each such slice (highest, for
+    metrics where lower is better); the column must be one of evaluation.slices."""
+    max_forgetting: float | None = Field(default=None, ge=0)
+    """Most that the upper bound of the change of loss on each set of general text may be, in nats
+    per token; unset: it is measured and not judged."""
+    refused: Literal["register", "skip"] = "register"
+    """What becomes of a refused model: registered without an alias, or not registered."""
+
+    @field_validator("metric")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        if fault := unknown_metric(value):
+            raise ValueError(fault)
+        return value
 
 
 class ExportSection(Settings):
@@ -215,6 +263,7 @@ def resolve(values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
     recipe = _validate(Recipe, values, source)
     method = method_of(recipe.method)
     check_mergeable(recipe.method, source=source)
+    check_gate(recipe.gate, recipe.evaluation, source=source)
     training = with_learning_rate(recipe.training, method)
     return recipe.model_copy(update={"training": training})
 
@@ -266,6 +315,52 @@ def check_mergeable(settings: MethodSettings, *, source: str) -> None:
                 f"one that merges ({', '.join(able)})"
             ],
         )
+
+
+def check_gate(gate: GateSection, evaluation: EvaluationSection, *, source: str) -> None:
+    """Refuse a gate that asks for what is not measured.
+
+    Raises:
+        RecipeError: with every fault.
+    """
+    faults = []
+    if gate.metric not in evaluation.metrics:
+        faults.append(
+            f"gate.metric: {gate.metric} is not among evaluation.metrics "
+            f"({', '.join(evaluation.metrics)}): add it there, or choose one of these"
+        )
+    for place in gate.slice_floors:
+        column, _ = slice_of(place, evaluation.slices)
+        if column not in evaluation.slices:
+            faults.append(
+                f"gate.slice_floors: {column} is not among evaluation.slices "
+                f"({', '.join(evaluation.slices) or 'none'}): add it there"
+            )
+    if gate.max_forgetting is not None and not (
+        evaluation.general_text or evaluation.forgetting_sets
+    ):
+        faults.append(
+            "gate.max_forgetting: nothing measures forgetting: set evaluation.general_text or "
+            "evaluation.forgetting_sets"
+        )
+    if faults:
+        raise RecipeError(source, faults)
+
+
+def slice_of(place: str, columns: Iterable[str]) -> tuple[str, str | None]:
+    """The column of a `column` or `column=value`, and the value if there is one.
+
+    Args:
+        place: as in gate.slice_floors.
+        columns: that there are; their names may have `=` in them.
+    """
+    for column in columns:
+        if place == column:
+            return column, None
+        if place.startswith(f"{column}="):
+            return column, place[len(column) + 1 :]
+    column, separator, value = place.partition("=")
+    return column, value if separator else None
 
 
 def check(settings: type[T], values: Mapping[str, Any], *, source: str) -> T:

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from safetensors import SafetensorError
 
@@ -27,6 +27,8 @@ from tuneline.termination import raise_on_sigterm
 from tuneline.tracking import Step, finish_run, tracked
 
 T = TypeVar("T")
+NOT_REGISTERED: Final = 0
+"""In place of a version: the gate refused the model, and the recipe says to skip it then."""
 _TORCH = ("torch", "transformers", "peft")
 
 
@@ -147,20 +149,26 @@ def evaluate(
     output: str,
     run_id: str = "",
     experiment: str = "",
+    *,
+    champion_of: str = "",
 ) -> dict[str, Any]:
-    """Base against tuned to an EvalReport; returns the report."""
+    """Base, tuned model and a registered model's champion to an EvalReport; returns the report."""
     from tuneline.evaluate.evaluate import REPORT
     from tuneline.evaluate.evaluate import evaluate as compare
 
+    measured = recipe.check(recipe.EvaluationSection, evaluation, source="evaluation")
+    conditions = recipe.check(recipe.GateSection, gate, source="gate")
+    recipe.check_gate(conditions, measured, source="gate")
     with _step("evaluate", run_id, experiment, _TORCH) as step:
         result = compare(
             base_model,
             Path(adapter),
             Path(dataset),
-            recipe.check(recipe.EvaluationSection, evaluation, source="evaluation"),
-            recipe.check(recipe.GateSection, gate, source="gate"),
+            measured,
+            conditions,
             Path(output),
             step,
+            champion_of=champion_of,
         )
         values = result.read_json(REPORT)
         step.log_dataset("test", values["eval_set_digest"], "evaluation")
@@ -190,11 +198,19 @@ def register(
     run_id: str = "",
     experiment: str = "",
 ) -> int:
-    """A MergedModel and its EvalReport to a registered version; returns its number."""
+    """A MergedModel and its EvalReport to a registered version; returns its number, or 0 where the
+    gate refused the model and a refused one is not registered."""
+    from tuneline import artifacts
     from tuneline.register.register import register as register_version
 
     section = recipe.check(recipe.RegistrySection, registry, source="registry")
     with _step("register", run_id, experiment, ("mlflow",)) as step:
+        verdict = artifacts.load(Path(eval_report), "eval_report").read_json("report.json")[
+            "verdict"
+        ]
+        if not verdict["passed"] and verdict["refused"] == "skip":
+            report("not registered: the gate refused the model, and gate.refused is skip")
+            return NOT_REGISTERED
         return register_version(
             Path(model),
             Path(eval_report),
@@ -216,14 +232,17 @@ def promote(
 ) -> str:
     """A registered version to champion; returns its alias, empty when it was refused."""
     from tuneline.register.copy import copy_and_promote
-    from tuneline.register.promote import Request
+    from tuneline.register.promote import Promotion, Request
     from tuneline.register.promote import promote as promote_version
 
     section = recipe.check(recipe.RegistrySection, registry, source="registry")
     asked_by = by or f"pipeline run {run_id}"
     request = Request(version, asked_by, run_id, expect_champion)
     with _step("promote", run_id, experiment, ("torch", "transformers", "mlflow")) as step:
-        promotion = promote_version(section.model_name, request)
+        if version == NOT_REGISTERED:
+            promotion = Promotion(version, "", "it was not registered")
+        else:
+            promotion = promote_version(section.model_name, request)
         if promotion.alias and section.to_model:
             copy_and_promote(section.model_name, section.to_model, request)
         step.log_params({"alias": promotion.alias, "reason": promotion.reason})

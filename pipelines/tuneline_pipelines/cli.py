@@ -115,11 +115,15 @@ def _run(options: argparse.Namespace) -> int:
 def final_table(summary: dict[str, Any]) -> str:
     """What a person reads at the end of a run."""
     low, high = summary["tuned_interval"]
-    version = f"{summary['model_name']} version {summary['registered_version']}"
+    base, tuned = (summary[f"{which}_{summary['metric']}"] for which in ("base", "tuned"))
+    if summary["registered_version"]:
+        version = f"{summary['model_name']} version {summary['registered_version']}"
+    else:
+        version = "not registered (gate.refused: skip)"
     refused = "; ".join(summary["gate"]["reasons"])
     rows = [
-        ("base score", f"{summary['base_exact_match']:.3f}   ({summary['test_rows']} test rows)"),
-        ("tuned score", f"{summary['tuned_exact_match']:.3f}   "
+        ("base score", f"{base:.3f}   ({summary['metric']}, {summary['test_rows']} test rows)"),
+        ("tuned score", f"{tuned:.3f}   "
                         f"(95 % interval {low:.3f} to {high:.3f})"),
         ("registered", f"{version}, alias {summary['alias']}" if summary["alias"]
                        else f"{version}, not promoted: {refused}"),

@@ -73,6 +73,7 @@ def build(place: Place, method: Method) -> dsl.base_component.BaseComponent:
             dataset=prepared.outputs["dataset"],
             evaluation=given["evaluation"],
             gate=given["gate"],
+            registry=given["registry"],
         )
         # merging waits for the evaluation: a model is never registered before it is evaluated
         merged = merge(

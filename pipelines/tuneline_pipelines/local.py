@@ -226,8 +226,9 @@ def summarize(
     result = report.read_json("report.json")
     own_peak = peak_memory_bytes()
     return {
-        "base_exact_match": result["base"],
-        "tuned_exact_match": result["tuned"],
+        "metric": (metric := result["metric"]),
+        f"base_{metric}": result["base"],
+        f"tuned_{metric}": result["tuned"],
         "tuned_interval": result["tuned_interval"],
         "difference_interval": result["difference_interval"],
         "test_rows": result["rows"],

@@ -1,124 +1,414 @@
-"""Scores, intervals, the verdict and the page."""
+"""Whole evaluations of a tiny tuned model: what is measured, compared, kept and refused."""
 
-from html.parser import HTMLParser
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import torch
 
-from tuneline.evaluate.evaluate import compare
-from tuneline.evaluate.metrics import bootstrap_interval, exact_match
-from tuneline.evaluate.report import render_report
-from tuneline.recipe import GateSection
-
-
-@pytest.mark.parametrize(
-    ("answer", "reference", "score"),
-    [
-        ("red", "red", 1.0),
-        (" red\n", "red", 1.0),
-        ("Red", "red", 0.0),
-        ('{"b": 2, "a": 1}', '{"a": 1, "b": 2}', 1.0),
-        ('{"a": 1}', '{"a": "1"}', 0.0),
-        ('{"a": true}', '{"a": 1}', 0.0),
-        ("1.0", "1", 0.0),
-        ('{"a": 1} and more', '{"a": 1}', 0.0),
-        ("", "red", 0.0),
-        ("[" * 100_000, "[1]", 0.0),
-    ],
-)
-def test_exact_match(answer: str, reference: str, score: float) -> None:
-    assert exact_match(answer, reference) == score
+from tuneline import artifacts, steps
+from tuneline.artifacts import Artifact
+from tuneline.errors import ArtifactError, DataError, ModelError, RegistryError
+from tuneline.evaluate.generate import batches_by_tokens, generate_answers
+from tuneline.evaluate.likelihood import negative_log_likelihoods
+from tuneline.evaluate.rows import read_test_rows
 
 
-def test_the_interval_agrees_with_the_normal_one_where_that_holds() -> None:
-    scores = [1.0] * 700 + [0.0] * 300
-    low, high = bootstrap_interval(scores)
-    half = 1.96 * (0.7 * 0.3 / 1000) ** 0.5
-    # the bootstrap's own noise with 10,000 resamples is below a tenth of the interval
-    assert low == pytest.approx(0.7 - half, abs=half / 10)
-    assert high == pytest.approx(0.7 + half, abs=half / 10)
+@dataclass(frozen=True)
+class Line:
+    """A base, rows and an adapter that belong together."""
+
+    base: str
+    dataset: Path
+    adapter: Path
 
 
-@given(st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=1, max_size=50))
-def test_the_interval_holds_the_mean_and_is_reproducible(scores: list[float]) -> None:
-    low, high = bootstrap_interval(scores)
-    assert low <= sum(scores) / len(scores) <= high
-    assert bootstrap_interval(scores) == (low, high)
-
-
-def rows(base: int, tuned: int, count: int) -> list[dict[str, float]]:
-    return [
-        {"base_exact_match": float(i < base), "tuned_exact_match": float(i < tuned)}
-        for i in range(count)
-    ]
-
-
-def test_a_clear_gain_passes() -> None:
-    result = compare(rows(5, 90, 120), GateSection(min_gain=0.3))
-    assert result["verdict"]["passed"] and result["verdict"]["reasons"] == []
-
-
-@pytest.mark.parametrize(
-    ("base", "tuned", "count", "reason"),
-    [
-        (50, 50, 200, "not above"),  # a tie does not promote
-        (90, 5, 120, "not above"),
-        (50, 53, 200, "not above"),  # inside the noise
-        (0, 50, 50, "fewer than gate.min_rows 100"),
-    ],
-)
-def test_a_doubtful_gain_is_refused_with_the_reason(
-    base: int, tuned: int, count: int, reason: str
-) -> None:
-    verdict = compare(rows(base, tuned, count), GateSection())["verdict"]
-    assert not verdict["passed"]
-    assert reason in "; ".join(verdict["reasons"])
-
-
-class Page(HTMLParser):
-    """Collects what a browser would fetch or run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.links: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.links += [v or "" for k, v in attrs if k in ("src", "href")]
-
-
-def test_the_page_is_self_contained_and_escapes_what_data_says() -> None:
-    evil = "<script>alert(1)</script>"
-    result = compare(rows(5, 90, 120), GateSection())
-    result["eval_set_digest"] = "sha256:0"
-    result["samples"] = [
-        {
-            "question": evil,
-            "reference": evil,
-            "base": evil,
-            "tuned": evil,
-            "base_exact_match": 0.0,
-            "tuned_exact_match": 1.0,
-        }
-    ]
-    split = {"rows": 1, "tokens": 2, "supervised_tokens": 1, "longest_tokens": 2}
-    html = render_report(
-        result,
-        history=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}],
-        contract={
-            "rows_in": 1,
-            "duplicates_dropped": 0,
-            "in_test_dropped": 0,
-            "too_long_dropped": 0,
-            "splits": {"train": split},
-        },
-        config={"method": {"name": "lora"}},
-        base_model={"reference": evil, "digest": "sha256:1"},
+def with_columns(dataset: Path, target: Path) -> Path:
+    """The data set again, each test row with the columns of its raw row."""
+    made = artifacts.load(dataset, "prepared_dataset")
+    shutil.copytree(dataset, target)
+    (target / artifacts.MANIFEST).unlink()
+    rows = made.read_jsonl("test_rows.jsonl")
+    for row in rows:
+        row["columns"] = {"fruit": row["question"].split()[0], "id": row["question"]}
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (target / "test_rows.jsonl").write_text(text)
+    manifest = made.manifest
+    artifacts.seal(
+        target,
+        kind="prepared_dataset",
+        config=manifest.config,
+        base_model=manifest.base_model,
+        inputs=manifest.inputs,
     )
-    page = Page()
-    page.feed(html)
-    assert "script" not in page.tags and page.links == []
-    assert "polyline" in page.tags and "Gate passed" in html
-    assert len(html) < 1_000_000
+    return target
+
+
+@pytest.fixture(scope="module")
+def line(tiny_model: Path, chats_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Line:
+    folder = tmp_path_factory.mktemp("line")
+    data = {"train": [str(chats_file)], "test_fraction": 0.25}
+    steps.prepare_data(str(tiny_model), data, str(folder / "plain"))
+    dataset = with_columns(folder / "plain", folder / "data")
+    steps.finetune(
+        str(tiny_model),
+        str(dataset),
+        {"name": "lora", "target_modules": ["all-linear"], "rank": 16, "alpha": 32},
+        {"epochs": 2, "learning_rate": 0.01, "batch_tokens": 512, "evaluations": 4},
+        str(folder / "adapter"),
+    )
+    return Line(str(tiny_model), dataset, folder / "adapter")
+
+
+def evaluate(line: Line, output: Path, champion_of: str = "", **sections: Any) -> dict[str, Any]:
+    return steps.evaluate(
+        line.base,
+        str(line.adapter),
+        str(line.dataset),
+        sections.get("evaluation", {}),
+        {"min_rows": 40} | sections.get("gate", {}),
+        str(output),
+        champion_of=champion_of,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "report"
+    gate = {"slice_floors": {"fruit": 0.2}, "max_forgetting": 100}
+    evaluate(line, path, evaluation={"slices": ["fruit"]}, gate=gate)
+    return path
+
+
+@pytest.fixture
+def report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_the_report_holds_what_other_steps_read(report: dict[str, Any]) -> None:
+    assert report["metric"] == "exact_match" and report["champion"] is None
+    assert report["base"] < 0.2 < 0.5 < report["tuned"]
+    assert report["verdict"]["passed"] and report["verdict"]["reasons"] == []
+    assert report["rows"] == report["test_rows"] >= 40
+    low, high = report["difference_interval"]
+    assert low < report["difference"] == report["tuned"] - report["base"] < high
+    assert {"question", "reference", "base", "tuned"} <= report["samples"][0].keys()
+    assert len(report["samples"]) == 3
+
+
+def test_every_number_can_be_computed_again_from_the_kept_scores(
+    folder: Path, report: dict[str, Any]
+) -> None:
+    rows = artifacts.load(folder, "eval_report").read_jsonl("scores.jsonl")
+    assert len(rows) == report["test_rows"]
+    for model in ("base", "tuned"):
+        scores = [row["scores"][model] for row in rows]
+        tokens = [row["tokens"] for row in rows]
+        exact = sum(s["exact_match"] for s in scores) / len(rows)
+        assert report["metrics"]["exact_match"][model]["score"] == pytest.approx(exact)
+        nll = sum(s["cross_entropy"] * t for s, t in zip(scores, tokens, strict=True))
+        assert report["metrics"]["cross_entropy"][model]["score"] == pytest.approx(
+            nll / sum(tokens)
+        )
+    assert report["metrics"]["valid_json"]["rows"] == 0  # colours are no JSON
+    assert all(row["scores"]["base"]["valid_json"] is None for row in rows)
+
+
+def test_slices_part_the_rows(report: dict[str, Any]) -> None:
+    parts = report["slices"]["fruit"]
+    assert {part["value"] for part in parts} == {"apple", "plum", "pear", "fig", "lime"}
+    assert sum(part["rows"] for part in parts) == report["test_rows"]
+    means = [part["rows"] * part["metrics"]["exact_match"]["tuned"]["score"] for part in parts]
+    assert sum(means) / report["test_rows"] == pytest.approx(report["tuned"])
+    checks = [c["check"] for c in report["verdict"]["checks"]]
+    assert checks.count("slice_floors.fruit") == 5 and "max_forgetting.general text" in checks
+
+
+def test_forgetting_is_measured_on_the_projects_own_text(report: dict[str, Any]) -> None:
+    general = report["forgetting"]["general text"]
+    assert general["texts"] >= 50 and general["tokens"] > 2000
+    low, high = general["tuned"]["change_interval"]
+    assert low < general["tuned"]["change"] < high
+    assert general["tuned"]["score"] == pytest.approx(
+        general["base"]["score"] + general["tuned"]["change"]
+    )
+
+
+def test_cross_entropy_is_that_of_a_plain_computation(line: Line) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(line.base, dtype=torch.float32).eval()
+    rows = read_test_rows(artifacts.load(line.dataset, "prepared_dataset"), 5)
+    found = negative_log_likelihoods(
+        model,
+        [(row.input_ids, row.supervised) for row in rows],
+        what="base",
+        on_row=lambda done, total: None,
+    )
+    for row, nll in zip(rows, found, strict=True):
+        ids = torch.tensor(row.input_ids)
+        with torch.inference_mode():
+            logs = model(ids.unsqueeze(0)).logits[0].log_softmax(-1)
+        wanted = -sum(
+            float(logs[at - 1, ids[at]]) for at in range(1, len(ids)) if row.supervised[at]
+        )
+        assert nll == pytest.approx(wanted, rel=1e-4)
+
+
+def test_metrics_of_tokens_generate_nothing(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("generated")
+
+    monkeypatch.setattr("transformers.GenerationMixin.generate", refuse)
+    report = evaluate(
+        line,
+        tmp_path / "report",
+        evaluation={"metrics": ["cross_entropy", "perplexity"], "general_text": False},
+        gate={"metric": "cross_entropy"},
+    )
+    assert report["samples"] == [] and report["answers"] == {} and report["forgetting"] == {}
+    assert report["verdict"]["passed"] and report["difference"] < 0 < report["gain"]
+    assert "none were generated" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_a_second_evaluation_is_the_same(line: Line, folder: Path, tmp_path: Path) -> None:
+    gate = {"slice_floors": {"fruit": 0.2}, "max_forgetting": 100}
+    evaluate(line, tmp_path / "again", evaluation={"slices": ["fruit"]}, gate=gate)
+    for name in ("scores.jsonl", "report.json", "report.html", "manifest.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_answers_cut_at_the_limit_are_counted(line: Line, tmp_path: Path) -> None:
+    report = evaluate(
+        line,
+        tmp_path / "report",
+        evaluation={"metrics": ["exact_match"], "max_new_tokens": 1, "general_text": False},
+    )
+    assert report["answers"]["tuned"]["cut"] == report["answers"]["tuned"]["count"] > 0
+
+
+def test_named_text_sets(line: Line, tmp_path: Path) -> None:
+    plain = tmp_path / "own.txt"
+    plain.write_text("First paragraph,\nin two lines.\n\n\nSecond one.\n")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "Only one."}\n')
+    cheap = {"metrics": ["cross_entropy"], "general_text": False}
+    sets = {"forgetting_sets": {"own": str(plain), "rows": str(rows)}}
+    report = evaluate(
+        line, tmp_path / "report", evaluation=cheap | sets, gate={"metric": "cross_entropy"}
+    )
+    assert {name: s["texts"] for name, s in report["forgetting"].items()} == {"own": 2, "rows": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, "can't be read"),
+        ("empty.txt", b" \n\n", "holds no text"),
+        ("broken.jsonl", b'{"text": "x"}\n{"txt": 1}\n', "line 2: no JSON object with"),
+        ("number.jsonl", b'{"text": 1}\n', "text is int"),
+        ("latin.txt", b"caf\xe9\n", "is not UTF-8"),
+    ],
+)
+def test_a_bad_text_set_is_refused_before_a_model_is_loaded(
+    line: Line, tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    sets = {"forgetting_sets": {"own": str(tmp_path / name)}}
+    with pytest.raises(DataError, match=message):
+        evaluate(line, tmp_path / "report", evaluation=sets)
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [("kind", "no test row has a column 'kind'; columns are fruit, id"), ("id", "at most 10 ")],
+)
+def test_a_column_that_is_no_slice_is_refused(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str, message: str
+) -> None:
+    monkeypatch.setattr("tuneline.evaluate.rows._MOST_SLICES", 10)
+    with pytest.raises(DataError, match=message):
+        evaluate(line, tmp_path / "report", evaluation={"slices": [column]})
+
+
+def test_a_deciding_metric_that_applies_to_no_row_is_refused(line: Line, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="metric json_fields applies to none of the"):
+        evaluate(line, tmp_path / "report", gate={"metric": "json_fields"})
+
+
+def test_a_broken_model_is_no_refusal_but_an_error(line: Line, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = artifacts.load(line.adapter, "adapter")
+    target = tmp_path / "adapter"
+    shutil.copytree(line.adapter, target)
+    weights = load_file(target / "adapter_model.safetensors")
+    next(iter(weights.values())).fill_(float("nan"))
+    save_file(weights, target / "adapter_model.safetensors", {"format": "pt"})
+    (target / artifacts.MANIFEST).unlink()
+    manifest = broken.manifest
+    artifacts.seal(
+        target,
+        kind="adapter",
+        config=manifest.config,
+        base_model=manifest.base_model,
+        inputs=manifest.inputs,
+    )
+    with pytest.raises(ModelError, match="tuned model on the test split: the loss of row 0 is nan"):
+        evaluate(Line(line.base, line.dataset, target), tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_more_rows_than_asked_for_are_drawn_by_hash(line: Line) -> None:
+    dataset = artifacts.load(line.dataset, "prepared_dataset")
+    every, some = read_test_rows(dataset, 1000), read_test_rows(dataset, 10)
+    numbers = [row.number for row in some]
+    assert len(numbers) == 10 and numbers == sorted(numbers) != list(range(10))
+    assert set(numbers) <= {row.number for row in read_test_rows(dataset, 11)}
+    for row in some:
+        assert row == every[row.number]
+
+
+def test_texts_and_tokens_of_different_rows_are_refused(line: Line, tmp_path: Path) -> None:
+    shutil.copytree(line.dataset, tmp_path / "data")
+    with (tmp_path / "data" / "test_rows.jsonl").open("a") as file:
+        file.write('{"prompt": "x", "question": "x", "reference": "y"}\n')
+    manifest = artifacts.load(line.dataset, "prepared_dataset").manifest
+    with pytest.raises(ArtifactError, match="prepare the data again"):
+        read_test_rows(Artifact(tmp_path / "data", manifest), 1000)
+
+
+def test_batches_hold_the_budget_and_every_prompt_once() -> None:
+    lengths = [5, 90, 7, 7, 40, 300, 6, 5]
+    batches = list(batches_by_tokens(lengths, 3, 200, 20))
+    assert sorted(row for batch in batches for row in batch) == list(range(8))
+    assert batches[0] == [5]  # longer than the budget: by itself
+    for batch in batches[1:]:
+        assert len(batch) <= 3
+        assert len(batch) * (max(lengths[row] for row in batch) + 20) <= 200
+    assert list(batches_by_tokens([], 3, 200, 20)) == []
+
+
+def test_batching_does_not_change_answers(line: Line) -> None:
+    from tuneline.data_prep.chat import load_tokenizer
+    from tuneline.finetune.load import load_base
+
+    model, tokenizer = load_base(Path(line.base)), load_tokenizer(line.base)
+    prompts = [row.prompt or "" for row in read_test_rows(
+        artifacts.load(line.dataset, "prepared_dataset"), 12
+    )] + ["a " * 40]  # fmt: skip
+
+    def answers(batch_size: int, batch_tokens: int) -> list[str]:
+        found = generate_answers(
+            model,
+            tokenizer,
+            prompts,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            max_new_tokens=6,
+            on_batch=lambda done, total: None,
+        )
+        return [answer.text for answer in found]
+
+    together = answers(32, 10_000)
+    assert together == answers(1, 10_000) == answers(32, 60)
+    assert len(set(together)) > 1
+
+
+@pytest.fixture
+def registry(
+    line: Line, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """A store whose model `colours` has the tuned model as champion."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)  # MLflow puts artifacts of a sqlite store there
+    steps.merge(line.base, str(line.adapter), {}, str(tmp_path / "merged"))
+    yield "colours"
+
+
+def make_champion(tmp_path: Path, folder: Path, name: str) -> None:
+    from tuneline.register.promote import promote
+    from tuneline.register.register import register
+
+    version = register(tmp_path / "merged", folder, name, "", None)
+    promote(name, version)
+
+
+CHEAP = {"metrics": ["exact_match", "cross_entropy"], "general_text": False}
+
+
+@pytest.mark.slow
+def test_the_champion_is_measured_on_the_same_rows(
+    line: Line, folder: Path, registry: str, tmp_path: Path
+) -> None:
+    before = evaluate(line, tmp_path / "first", champion_of=registry, evaluation=CHEAP)
+    assert before["champion"] is None and before["verdict"]["passed"]
+    make_champion(tmp_path, folder, registry)
+    report = evaluate(line, tmp_path / "second", champion_of=registry, evaluation=CHEAP)
+    champion = report["champion"]
+    merged = artifacts.load(tmp_path / "merged", "merged_model")
+    assert (champion["name"], champion["version"]) == (registry, 1)
+    assert champion["digest"] == merged.digest and champion["compared"]
+    assert champion["score"] == report["tuned"]  # it is the same model, merged
+    # and so it is no better than itself
+    assert not report["verdict"]["passed"]
+    assert "champion (version 1)" in report["verdict"]["reasons"][0]
+    exact = report["metrics"]["exact_match"]
+    assert exact["over_champion"]["difference_interval"] == [0.0, 0.0]
+    inputs = artifacts.load(tmp_path / "second", "eval_report").manifest.inputs
+    assert inputs["champion"] == merged.digest
+    rows = artifacts.load(tmp_path / "second", "eval_report").read_jsonl("scores.jsonl")
+    assert rows[0]["scores"].keys() == {"base", "tuned", "champion"}
+
+    ignored = evaluate(
+        line,
+        tmp_path / "third",
+        champion_of=registry,
+        evaluation=CHEAP,
+        gate={"champion": "ignore"},
+    )
+    assert ignored["champion"] is None and ignored["verdict"]["passed"]
+
+
+@pytest.mark.slow
+def test_a_champion_of_another_template_is_not_compared_and_refuses(
+    line: Line, folder: Path, registry: str, tmp_path: Path
+) -> None:
+    merged = artifacts.load(tmp_path / "merged", "merged_model")
+    template = tmp_path / "merged" / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    (tmp_path / "merged" / artifacts.MANIFEST).unlink()
+    manifest = merged.manifest
+    artifacts.seal(
+        tmp_path / "merged",
+        kind="merged_model",
+        config=manifest.config,
+        base_model=manifest.base_model,
+        inputs=manifest.inputs,
+    )
+    make_champion(tmp_path, folder, registry)
+    report = evaluate(line, tmp_path / "report", champion_of=registry, evaluation=CHEAP)
+    assert not report["champion"]["compared"] and report["champion"]["score"] is None
+    assert "another chat template" in report["verdict"]["reasons"][0]
+
+
+@pytest.mark.slow
+def test_a_champion_whose_files_changed_stops_the_step(
+    line: Line, folder: Path, registry: str, tmp_path: Path
+) -> None:
+    make_champion(tmp_path, folder, registry)
+    (weights,) = tmp_path.glob("mlruns/**/model/model.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(RegistryError, match=r"colours version 1 .*differs from its SHA-256.*"):
+        evaluate(line, tmp_path / "report", champion_of=registry, evaluation=CHEAP)
+    assert not (tmp_path / "report").exists()

@@ -310,7 +310,7 @@ def test_wrong_credentials_and_deleted_files_are_said(
     with pytest.raises(RegistryError, match=r"model\.safetensors is missing"):
         promote("gone", Request(1, "me"))
     bucket.delete_objects(Delete={"Objects": [{"Key": key} for key in keys]})
-    with pytest.raises(RegistryError, match="has no files at .* deleted"):
+    with pytest.raises(RegistryError, match=r"has no files at .* deleted"):
         promote("gone", Request(1, "me"))
     assert events("gone") == []
 

@@ -1,4 +1,4 @@
-"""KFP component: Adapter + PreparedDataset -> EvalReport with the gate's verdict."""
+"""KFP component: Adapter + PreparedDataset + champion -> EvalReport with the gate's verdict."""
 
 from kfp import dsl
 
@@ -14,11 +14,12 @@ def evaluate(
     dataset: dsl.Input[dsl.Dataset],
     evaluation: dict,
     gate: dict,
+    registry: dict,
     eval_report: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
     page: dsl.Output[dsl.HTML],
 ):
-    """Answer the test split with base and tuned model, compare them row by row, and decide."""
+    """Measure base, tuned model and champion on the same rows, compare them, and decide."""
     import shutil
     from pathlib import Path
 
@@ -34,8 +35,11 @@ def evaluate(
         output=eval_report.path,
         run_id=run_id,
         experiment=experiment,
+        champion_of=registry["model_name"],
     )
-    metrics.log_metric(f"base_{result['metric']}", result["base"])
-    metrics.log_metric(f"tuned_{result['metric']}", result["tuned"])
+    for name, block in result["metrics"].items():
+        for model in ("base", "tuned", "champion"):
+            if model in block and block[model]["score"] is not None:
+                metrics.log_metric(f"{model}_{name}", block[model]["score"])
     metrics.log_metric("test_rows", result["rows"])
     shutil.copyfile(Path(eval_report.path) / "report.html", page.path)

@@ -1,24 +1,31 @@
-"""Base against tuned on the same rows -> EvalReport with the gate's verdict."""
+"""Base, tuned model and champion on the same rows -> EvalReport with the gate's verdict."""
 
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from tuneline import artifacts, base_model
 from tuneline.artifacts import Artifact
 from tuneline.base_model import BaseModel
-from tuneline.data_prep.prepare import CONTRACT, TEST_ROWS
-from tuneline.errors import ArtifactError
+from tuneline.data_prep.prepare import CONTRACT
+from tuneline.errors import ArtifactError, DataError
+from tuneline.evaluate.bootstrap import CONFIDENCE, RESAMPLES
+from tuneline.evaluate.champion import Champion, current_champion, why_not_comparable
+from tuneline.evaluate.compare import BASE, CHAMPION, TUNED, compare, compare_texts
+from tuneline.evaluate.forgetting import TextSet, read_text_sets
+from tuneline.evaluate.gate import decide
+from tuneline.evaluate.likelihood import predicted_tokens
+from tuneline.evaluate.measure import Measured, longest_answer, measure, score_answers
+from tuneline.evaluate.metrics import Metric, metric_named
 from tuneline.evaluate.report import render_report
-from tuneline.progress import minutes, report, tick
+from tuneline.evaluate.rows import EvalRow, digest_of_rows, read_test_rows, slices_of
+from tuneline.progress import report
 from tuneline.recipe import EvaluationSection, GateSection
 from tuneline.tracking import Step
-
-if TYPE_CHECKING:
-    import torch
 
 SCORES: Final = "scores.jsonl"
 REPORT: Final = "report.json"
@@ -34,28 +41,45 @@ def evaluate(
     gate: GateSection,
     output: Path,
     step: Step,
+    *,
+    champion_of: str = "",
 ) -> Artifact:
-    """Answer the test split with the base and with the adapter, compare, and decide.
+    """Measure base, tuned model and champion on the test split, compare them, and decide.
+
+    Args:
+        model_reference: the base model.
+        adapter_dir: an Adapter.
+        dataset_dir: the PreparedDataset that it was trained on.
+        evaluation: what is measured, and how.
+        gate: what has to hold.
+        output: folder of the EvalReport.
+        step: the tracked step.
+        champion_of: registered model whose champion is measured too; empty for none.
 
     Raises:
         ArtifactError: adapter, data set and base don't belong together.
+        DataError: a metric, slice or text set that does not fit the rows.
+        ModelError: a model's losses are not finite.
+        RegistryError: the champion can't be fetched.
     """
     adapter = artifacts.load(adapter_dir, "adapter")
     dataset = artifacts.load(dataset_dir, "prepared_dataset")
     base = base_model.resolve(model_reference)
     check_lineage(adapter, base, dataset)
-    rows = dataset.read_jsonl(TEST_ROWS)[: evaluation.max_rows]
-    with artifacts.writing(output) as aside:
-        answers = _answer(base, adapter, rows, evaluation)
-        scores = _scores(rows, answers)
-        with (aside / SCORES).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(score, ensure_ascii=False) + "\n" for score in scores)
-        result = compare(scores, gate)
-        result["eval_set_digest"] = artifacts.digest_of(
-            [[row["prompt"], row["reference"]] for row in rows]
-        )
-        result["samples"] = _samples(scores)
-        text = json.dumps(result, indent=2, ensure_ascii=False)
+    metrics = [metric_named(name) for name in evaluation.metrics]
+    rows = read_test_rows(dataset, evaluation.max_rows)
+    # what can be wrong with the settings shows before a model is loaded
+    _check_applies(metrics, rows, gate.metric)
+    slices = slices_of(rows, evaluation.slices)
+    with artifacts.writing(output) as aside, ExitStack() as stack:
+        champion = None
+        if champion_of and gate.champion != "ignore":
+            champion = stack.enter_context(current_champion(champion_of))
+        found = _Evaluation(base, adapter, champion, rows, metrics, evaluation)
+        found.run()
+        result = found.result(slices, gate)
+        _write_scores(aside / SCORES, found)
+        text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
         (aside / REPORT).write_text(text + "\n", encoding="utf-8")
         html = render_report(
             result,
@@ -73,27 +97,15 @@ def evaluate(
                 "gate": gate.model_dump(mode="json"),
             },
             base_model=base.identity(),
-            inputs={"adapter": adapter.digest, "prepared_dataset": dataset.digest},
+            inputs={
+                "adapter": adapter.digest,
+                "prepared_dataset": dataset.digest,
+                **({"champion": champion.digest} if champion else {}),
+            },
         )
-    step.log_metrics(
-        {
-            "base_exact_match": result["base"],
-            "tuned_exact_match": result["tuned"],
-            "difference": result["difference"],
-            "difference_low": result["difference_interval"][0],
-            "test_rows": result["rows"],
-        }
-    )
+    step.log_metrics(_figures(result))
     step.log_file(output / HTML)
-    low, high = result["tuned_interval"]
-    report(
-        f"exact match on {result['rows']} rows: base {result['base']:.3f}, "
-        f"tuned {result['tuned']:.3f} (95 % interval {low:.3f} to {high:.3f})"
-    )
-    verdict = result["verdict"]
-    report(
-        f"gate: {'passed' if verdict['passed'] else 'refused: ' + '; '.join(verdict['reasons'])}"
-    )
+    _tell(result)
     return artifacts.load(output, "eval_report")
 
 
@@ -117,98 +129,250 @@ def check_lineage(adapter: Artifact, base: BaseModel, dataset: Artifact | None) 
         )
 
 
-def _answer(
-    base: BaseModel, adapter: Artifact, rows: list[dict[str, str]], evaluation: EvaluationSection
-) -> dict[str, list[str]]:
-    from tuneline.data_prep.chat import load_tokenizer
-    from tuneline.evaluate.generate import generate_answers
-    from tuneline.finetune.load import load_base, load_tuned, stands_on_base
-
-    tokenizer = load_tokenizer(str(base.path), trust_code=base.trusts_code)
-    limit = evaluation.max_new_tokens or _longest_reference(tokenizer, rows)
-
-    def answer(name: str, model: torch.nn.Module) -> list[str]:
-        def progress(done: int, total: int, seconds: float) -> None:
-            left = seconds / done * (total - done)
-            tick(f"{name}: {done}/{total} answers  ETA {minutes(left)}")
-
-        return generate_answers(
-            model,
-            tokenizer,
-            [row["prompt"] for row in rows],
-            batch_size=evaluation.batch_size,
-            max_new_tokens=limit,
-            on_batch=progress,
+def _check_applies(metrics: Sequence[Metric], rows: Sequence[EvalRow], deciding: str) -> None:
+    """Score the references against themselves: a metric that fails does so before any answer."""
+    own = [None if row.prompt is None else row.reference for row in rows]
+    scores = score_answers(metrics, rows, own)
+    if deciding in scores and all(score is None for score in scores[deciding]):
+        raise DataError(
+            f"gate.metric {deciding} applies to none of the {len(rows)} test rows: choose another"
         )
 
-    loaded = load_base(base.path, trust_code=base.trusts_code)
-    answers = {"base": answer("base", loaded)}
-    if stands_on_base(adapter):
-        answers["tuned"] = answer("tuned", load_tuned(base, adapter, loaded))
-    else:
-        del loaded  # two models at once would need twice the memory
-        answers["tuned"] = answer("tuned", load_tuned(base, adapter))
-    return answers
+
+class _Evaluation:
+    """The models' measurements on one set of rows."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        adapter: Artifact,
+        champion: Champion | None,
+        rows: Sequence[EvalRow],
+        metrics: Sequence[Metric],
+        evaluation: EvaluationSection,
+    ) -> None:
+        self.rows = rows
+        self.tokens = [predicted_tokens(row.supervised) for row in rows]
+        self.measured: dict[str, Measured] = {}
+        self.champion_note = ""
+        self._base, self._adapter, self._champion = base, adapter, champion
+        self._metrics, self._settings = metrics, evaluation
+        self._text_sets: list[TextSet] = []
+
+    def run(self) -> None:
+        """Load one model after the other; two at once would need twice the memory."""
+        from transformers import AutoTokenizer
+
+        from tuneline.data_prep.chat import load_tokenizer
+        from tuneline.finetune.load import load_base, load_tuned, stands_on_base
+
+        base, settings = self._base, self._settings
+        tokenizer = load_tokenizer(str(base.path), trust_code=base.trusts_code)
+        limit = settings.max_new_tokens or longest_answer(tokenizer, self.rows)
+        self._text_sets = read_text_sets(
+            # a second one: the rows' tokenizer no longer adds what plain text starts with
+            AutoTokenizer.from_pretrained(base.path, trust_remote_code=base.trusts_code),
+            settings.forgetting_sets,
+            general=settings.general_text,
+            max_rows=settings.max_rows,
+        )
+
+        def take(name: str, model: Any) -> None:
+            self.measured[name] = measure(
+                name,
+                model,
+                tokenizer,
+                self.rows,
+                self.tokens,
+                self._text_sets,
+                self._metrics,
+                settings,
+                limit,
+            )
+
+        loaded = load_base(base.path, trust_code=base.trusts_code)
+        take(BASE, loaded)
+        if stands_on_base(self._adapter):
+            take(TUNED, load_tuned(base, self._adapter, loaded))
+            del loaded
+        else:
+            del loaded
+            take(TUNED, load_tuned(base, self._adapter))
+        if (champion := self._champion) is None:
+            return
+        own = load_tokenizer(str(champion.artifact.path), trust_code=base.trusts_code)
+        self.champion_note = why_not_comparable(own, tokenizer)
+        if not self.champion_note:
+            take(CHAMPION, champion.load(trust_code=base.trusts_code))
+
+    def result(
+        self, slices: Mapping[str, Mapping[str, Sequence[int]]], gate: GateSection
+    ) -> dict[str, Any]:
+        """The content of report.json."""
+        scores = {name: measured.scores for name, measured in self.measured.items()}
+        everything = range(len(self.rows))
+        blocks = compare(scores, self.tokens, self._metrics, everything)
+        if not blocks[gate.metric]["rows"]:
+            raise DataError(
+                f"gate.metric {gate.metric} has no test row that every model has a score for: "
+                "choose another"
+            )
+        result: dict[str, Any] = {
+            **_headline(blocks[gate.metric], gate.metric),
+            "test_rows": len(self.rows),
+            "bootstrap": {"resamples": RESAMPLES, "confidence": CONFIDENCE, "seed": 0},
+            "metrics": blocks,
+            "slices": {
+                column: [
+                    {
+                        "value": value,
+                        "rows": len(positions),
+                        "metrics": compare(scores, self.tokens, self._metrics, positions),
+                    }
+                    for value, positions in values.items()
+                ]
+                for column, values in slices.items()
+            },
+            "forgetting": {
+                text_set.name: {
+                    "digest": text_set.digest,
+                    **compare_texts(
+                        {name: m.general[text_set.name] for name, m in self.measured.items()},
+                        text_set.tokens,
+                    ),
+                }
+                for text_set in self._text_sets
+            },
+            "answers": {
+                name: _of_answers(measured)
+                for name, measured in self.measured.items()
+                if measured.answers is not None
+            },
+            "champion": self._of_champion(blocks[gate.metric]),
+        }
+        result["verdict"] = decide(result, gate)
+        result["eval_set_digest"] = digest_of_rows(self.rows)
+        result["samples"] = self._samples(gate.metric)
+        return result
+
+    def _of_champion(self, block: Mapping[str, Any]) -> dict[str, Any] | None:
+        if (champion := self._champion) is None:
+            return None
+        return {
+            "name": champion.name,
+            "version": champion.version,
+            "digest": champion.digest,
+            "compared": not self.champion_note,
+            "reason": self.champion_note,
+            **block.get(CHAMPION, {"score": None, "interval": [None, None]}),
+        }
+
+    def _samples(self, metric: str) -> list[dict[str, Any]]:
+        """Before and after, a failure among them where there is one: nobody learns from picked
+        wins."""
+        if self.measured[TUNED].answers is None:
+            return []
+        rows = [self.row(n) for n, r in enumerate(self.rows) if r.prompt is not None]
+        key = metric if metric in rows[0]["scores"][TUNED] else "exact_match"
+        scored = [row for row in rows if row["scores"][TUNED].get(key) is not None]
+        highest = max((row["scores"][TUNED][key] for row in scored), default=0.0)
+        right = [row for row in scored if row["scores"][TUNED][key] == highest]
+        wrong = [row for row in scored if row["scores"][TUNED][key] < highest]
+        chosen = (right[: _SAMPLES - 1] + wrong[:1]) if wrong else right[:_SAMPLES]
+        chosen += [row for row in rows if row not in chosen][: _SAMPLES - len(chosen)]
+        return [_sample(row) for row in chosen]
+
+    def row(self, position: int) -> dict[str, Any]:
+        """All that is known of a row, as it is kept in scores.jsonl."""
+        row = self.rows[position]
+        answers = {n: m.answers[position] for n, m in self.measured.items() if m.answers}
+        return {
+            "row": row.number,
+            "question": row.question,
+            "reference": row.reference,
+            "columns": row.fields.get("columns") or {},
+            "tokens": self.tokens[position],
+            "answers": {n: answer.text for n, answer in answers.items() if answer},
+            "ended": {n: answer.ended for n, answer in answers.items() if answer},
+            "scores": {
+                name: {metric: values[position] for metric, values in measured.scores.items()}
+                for name, measured in self.measured.items()
+            },
+        }
 
 
-def _longest_reference(tokenizer: Any, rows: list[dict[str, str]]) -> int:
-    encoded = tokenizer([row["reference"] for row in rows], add_special_tokens=False)["input_ids"]
-    return math.ceil(1.25 * max(map(len, encoded))) + 1
+def _write_scores(path: Path, found: _Evaluation) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for position in range(len(found.rows)):
+            file.write(json.dumps(found.row(position), ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _scores(rows: list[dict[str, str]], answers: dict[str, list[str]]) -> list[dict[str, Any]]:
+def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
     from tuneline.evaluate.metrics import exact_match
 
-    return [
-        {
-            "question": row["question"],
-            "reference": row["reference"],
-            "base": base,
-            "tuned": tuned,
-            "base_exact_match": exact_match(base, row["reference"]),
-            "tuned_exact_match": exact_match(tuned, row["reference"]),
-        }
-        for row, base, tuned in zip(rows, answers["base"], answers["tuned"], strict=True)
-    ]
-
-
-def compare(scores: list[dict[str, Any]], gate: GateSection) -> dict[str, Any]:
-    """Means, paired difference, intervals and the verdict, from per-row scores."""
-    from tuneline.evaluate.metrics import bootstrap_interval
-
-    base = [score[f"base_{gate.metric}"] for score in scores]
-    tuned = [score[f"tuned_{gate.metric}"] for score in scores]
-    gains = [after - before for before, after in zip(base, tuned, strict=True)]
-    low, high = bootstrap_interval(gains)
-    rows = len(scores)
-    reasons = []
-    if rows < gate.min_rows:
-        reasons.append(f"{rows} test rows are fewer than gate.min_rows {gate.min_rows}")
-    if not low > gate.min_gain:
-        reasons.append(
-            f"the gain's 95 % interval starts at {low:.3f}, which is not above "
-            f"gate.min_gain {gate.min_gain}"
-        )
     return {
-        "metric": gate.metric,
-        "rows": rows,
-        "base": sum(base) / rows,
-        "tuned": sum(tuned) / rows,
-        "tuned_interval": list(bootstrap_interval(tuned)),
-        "difference": sum(gains) / rows,
-        "difference_interval": [low, high],
-        "verdict": {
-            "passed": not reasons,
-            "reasons": reasons,
-            "min_gain": gate.min_gain,
-            "min_rows": gate.min_rows,
+        "question": row["question"],
+        "reference": row["reference"],
+        **row["answers"],
+        **{
+            f"{name}_exact_match": exact_match(answer, row["reference"])
+            for name, answer in row["answers"].items()
         },
     }
 
 
-def _samples(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Before and after, a failure among them where there is one: nobody learns from picked wins."""
-    right = [score for score in scores if score["tuned_exact_match"] == 1.0]
-    wrong = [score for score in scores if score["tuned_exact_match"] < 1.0]
-    chosen = (right[: _SAMPLES - 1] + wrong[:1]) if wrong else right[:_SAMPLES]
-    return chosen + [score for score in scores if score not in chosen][: _SAMPLES - len(chosen)]
+def _headline(block: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    return {
+        "metric": metric,
+        "higher_is_better": block["higher_is_better"],
+        "rows": block["rows"],
+        "base": block[BASE]["score"],
+        "base_interval": block[BASE]["interval"],
+        "tuned": block[TUNED]["score"],
+        "tuned_interval": block[TUNED]["interval"],
+        **block[f"over_{BASE}"],
+    }
+
+
+def _of_answers(measured: Measured) -> dict[str, Any]:
+    answers = [answer for answer in measured.answers or () if answer is not None]
+    return {
+        "count": len(answers),
+        "cut": sum(not answer.ended for answer in answers),
+        "empty": sum(not answer.text.strip() for answer in answers),
+    }
+
+
+def _figures(result: Mapping[str, Any]) -> dict[str, float]:
+    """What MLflow shows of the step."""
+    figures = {"test_rows": result["rows"], "gate_passed": float(result["verdict"]["passed"])}
+    for name, block in result["metrics"].items():
+        for model in (BASE, TUNED, CHAMPION):
+            if model in block and block[model]["score"] is not None:
+                figures[f"{model}_{name}"] = block[model]["score"]
+    figures["difference"] = result["difference"]
+    figures["difference_low"] = result["difference_interval"][0]
+    for name, found in result["forgetting"].items():
+        figures[f"forgetting_{name.replace(' ', '_')}"] = found[TUNED]["change"]
+    return figures
+
+
+def _tell(result: Mapping[str, Any]) -> None:
+    block = result["metrics"][result["metric"]]
+    low, high = result["tuned_interval"]
+    line = (
+        f"{block['title']} on {result['rows']} rows: base {result['base']:.3f}, "
+        f"tuned {result['tuned']:.3f} (95 % interval {low:.3f} to {high:.3f})"
+    )
+    if CHAMPION in block:
+        line += f", champion {block[CHAMPION]['score']:.3f}"
+    report(line)
+    for name, found in result["forgetting"].items():
+        report(f"{name}: loss {found[BASE]['score']:.3f}, tuned {found[TUNED]['change']:+.3f}")
+    cut = result["answers"].get(TUNED, {}).get("cut", 0)
+    if cut:
+        report(f"warning: {cut} answers of the tuned model did not end and were cut")
+    verdict = result["verdict"]
+    report(
+        f"gate: {'passed' if verdict['passed'] else 'refused: ' + '; '.join(verdict['reasons'])}"
+    )

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from tuneline.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One answer."""
+
+    text: str
+    """Special tokens removed."""
+    ended: bool
+    """Whether the model ended it; else it was cut at the limit."""
 
 
 def generate_answers(
@@ -16,58 +28,94 @@ def generate_answers(
     prompts: Sequence[str],
     *,
     batch_size: int,
+    batch_tokens: int,
     max_new_tokens: int,
-    on_batch: Callable[[int, int, float], None],
-) -> list[str]:
+    on_batch: Callable[[int, int], None],
+) -> list[Generated]:
     """Greedy answers in the order of the prompts.
 
-    Prompts of like length go together, so that little is padded.
+    Prompts of like length go together, the longest first: little is padded, and a batch that does
+    not fit into memory fails at once and not after an hour.
 
     Args:
         model: a causal LM, wrapped by PEFT or not; it is put into evaluation mode.
         tokenizer: of the model.
         prompts: rendered by the chat template, special tokens included.
-        batch_size: prompts at once.
+        batch_size: most prompts at once.
+        batch_tokens: most tokens at once, prompts, padding and answers; a prompt that needs more
+            is a batch of its own.
         max_new_tokens: longest answer.
-        on_batch: told how many of how many prompts are done, after how many seconds.
+        on_batch: told how many of how many prompts are done.
+
+    Raises:
+        DataError: a prompt leaves no room for an answer in the model's context.
     """
     import torch
 
     model.eval()
     device = next(model.parameters()).device
     encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    order = sorted(range(len(prompts)), key=lambda row: len(encoded[row]))
+    lengths = [len(ids) for ids in encoded]
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and max(lengths, default=0) >= context:
+        raise DataError(
+            f"a prompt of {max(lengths)} tokens leaves no room for an answer in the model's "
+            f"context of {context}: lower data.max_seq_len"
+        )
+    ends = _end_tokens(model, tokenizer)
     pad: Any = tokenizer.pad_token_id
     if pad is None:
         pad = tokenizer.eos_token_id
-    answers = [""] * len(prompts)
-    started = time.monotonic()
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        width = len(encoded[rows[-1]])
+    answers: list[Generated | None] = [None] * len(prompts)
+    done = 0
+    for rows in batches_by_tokens(lengths, batch_size, batch_tokens, max_new_tokens):
+        width = lengths[rows[0]]
         input_ids = torch.full((len(rows), width), pad)
         attention_mask = torch.zeros_like(input_ids)
         for index, row in enumerate(rows):
-            ids = torch.tensor(encoded[row])
+            ids = torch.tensor(encoded[row], dtype=torch.long)
             input_ids[index, width - len(ids) :] = ids
             attention_mask[index, width - len(ids) :] = 1
+        room = max_new_tokens if context is None else min(max_new_tokens, context - width)
         with torch.inference_mode():
             output = model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=room,
                 do_sample=False,
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                eos_token_id=_end_tokens(model, tokenizer),
+                eos_token_id=ends,
                 pad_token_id=pad,
             )
-        texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-        for row, text in zip(rows, texts, strict=True):
-            answers[row] = text
-        on_batch(min(start + batch_size, len(order)), len(order), time.monotonic() - started)
-    return answers
+        new = output[:, width:].cpu()
+        ended = torch.isin(new, torch.tensor(ends)).any(dim=1).tolist()
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        for row, text, has_ended in zip(rows, texts, ended, strict=True):
+            answers[row] = Generated(text, has_ended)
+        done += len(rows)
+        on_batch(done, len(prompts))
+    return [answer for answer in answers if answer is not None]
+
+
+def batches_by_tokens(
+    lengths: Sequence[int], batch_size: int, batch_tokens: int, max_new_tokens: int
+) -> Iterator[list[int]]:
+    """Positions of prompts, longest first, so that rows x (longest + answer) fits the budget."""
+    batch: list[int] = []
+    width = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if batch and (
+            len(batch) == batch_size or (len(batch) + 1) * (width + max_new_tokens) > batch_tokens
+        ):
+            yield batch
+            batch = []
+        if not batch:
+            width = lengths[row]
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -200,21 +200,25 @@ def _comparison(
             f"it was compared with its base only, and {now}, which is {CHAMPION}, answered other "
             f"test rows: {again}, or name the champion with --expect-champion {now.champion}"
         )
-    score, score_to_reach = _score(candidate), _score(champion)
-    if score < score_to_reach:
+    metric = candidate.tags.get(tags.METRIC, "")
+    score, score_to_reach = _score(candidate, metric), _score(champion, metric)
+    higher = candidate.tags.get(tags.HIGHER_IS_BETTER) != "false"
+    if score < score_to_reach if higher else score > score_to_reach:
         return (
-            f"its score {score:.4f} is below the {score_to_reach:.4f} of {now}, which is "
+            f"its {metric} {score:.4f} is worse than the {score_to_reach:.4f} of {now}, which is "
             f"{CHAMPION}, on the same test rows"
         )
     return ""
 
 
-def _score(version: ModelVersion) -> float:
-    metric = version.tags.get(tags.METRIC, "exact_match")
+def _score(version: ModelVersion, metric: str) -> float:
     try:
         return float(version.tags[f"{TAG}tuned_{metric}"])
     except (KeyError, ValueError) as error:
-        raise RegistryError(f"{label(version)} has no score: register the model again") from error
+        raise RegistryError(
+            f"{label(version)} has no score in '{metric}': evaluate the model again with it among "
+            "evaluation.metrics, and register that"
+        ) from error
 
 
 def _earlier_champions(client: MlflowClient, candidate: ModelVersion) -> list[str]:

@@ -26,6 +26,7 @@ EVAL_SET_DIGEST: Final = f"{TAG}eval_set_digest"
 GATE: Final = f"{TAG}gate"
 GATE_REASONS: Final = f"{TAG}gate_reasons"
 METRIC: Final = f"{TAG}metric"
+HIGHER_IS_BETTER: Final = f"{TAG}higher_is_better"
 COMPARED_WITH: Final = f"{TAG}compared_with"
 COMPARED_DIGEST: Final = f"{TAG}compared_digest"
 _VALUE_LENGTH: Final = 5000
@@ -36,7 +37,9 @@ def describe(model: Artifact, evaluation: Artifact) -> dict[str, str]:
     """Tags of a version, from its model and its report."""
     result: dict[str, Any] = evaluation.read_json("report.json")
     base = model.manifest.base_model
-    champion = result.get("champion") or {}
+    champion = result["champion"] or {}
+    if not champion.get("compared"):
+        champion = {}
     metric = result["metric"]
     values = {
         MODEL_DIGEST: model.digest,
@@ -55,9 +58,14 @@ def describe(model: Artifact, evaluation: Artifact) -> dict[str, str]:
         GATE: "passed" if result["verdict"]["passed"] else "refused",
         GATE_REASONS: "; ".join(result["verdict"]["reasons"]),
         METRIC: metric,
+        HIGHER_IS_BETTER: "true" if result["higher_is_better"] else "false",
         f"{TAG}test_rows": str(result["rows"]),
-        f"{TAG}base_{metric}": f"{result['base']:.4f}",
-        f"{TAG}tuned_{metric}": f"{result['tuned']:.4f}",
+        **{
+            f"{TAG}{which}_{name}": f"{block[which]['score']:.4f}"
+            for name, block in result["metrics"].items()
+            for which in ("base", "tuned")
+            if block[which]["score"] is not None
+        },
         COMPARED_WITH: (
             f"{champion['name']} version {champion['version']}" if champion else "its base only"
         ),

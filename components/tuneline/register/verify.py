@@ -30,7 +30,7 @@ def verify(client: MlflowClient, version: ModelVersion) -> None:
         RegistryError: a file is missing, was changed or added, the report is not the registered
             one or says something else than the version's tags, or the model does not load.
     """
-    with _fetched(client, version) as folder:
+    with fetched(client, version) as folder:
         try:
             package = package_of(folder / MODEL)
             model = artifacts.load(folder / MODEL, package.kind)
@@ -65,7 +65,12 @@ def _short(value: str | None) -> str:
 
 
 @contextmanager
-def _fetched(client: MlflowClient, version: ModelVersion) -> Iterator[Path]:
+def fetched(client: MlflowClient, version: ModelVersion) -> Iterator[Path]:
+    """The files of a version; those of a remote store in temporary space (`TMPDIR`) for the block.
+
+    Raises:
+        RegistryError: there are none.
+    """
     from mlflow.artifacts import download_artifacts
     from mlflow.utils.file_utils import local_file_uri_to_path
     from mlflow.utils.uri import is_local_uri

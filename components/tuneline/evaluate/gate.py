@@ -1,0 +1,171 @@
+"""The verdict: every condition of the gate with the numbers that it was decided by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from tuneline.evaluate.compare import BASE, CHAMPION, TUNED
+from tuneline.recipe import GateSection, slice_of
+
+_ROUNDING: Final = 1e-9
+"""Sums over rows are rounded: a tie may come out as 1e-17, and a tie does not promote."""
+
+
+def decide(result: Mapping[str, Any], gate: GateSection) -> dict[str, Any]:
+    """Check each condition; what could not be measured is refused, not passed over.
+
+    Args:
+        result: the report so far: `metrics`, `slices`, `forgetting`, `champion`.
+        gate: the conditions.
+
+    Returns:
+        `passed`; `reasons`, a sentence for each condition that does not hold; `checks`, every
+        condition with `check`, `passed`, `value`, `limit` and `sentence`; `refused`, what becomes
+        of a model that did not pass; and the gate's settings.
+    """
+    block = result["metrics"][gate.metric]
+    checks = [
+        _check(
+            "min_rows",
+            block["rows"] >= gate.min_rows,
+            block["rows"],
+            gate.min_rows,
+            f"{block['rows']} test rows, at least {gate.min_rows} are needed",
+            f"{block['rows']} test rows are fewer than gate.min_rows {gate.min_rows}",
+        ),
+        _gain("min_gain", "gain", block[f"over_{BASE}"], gate.min_gain, "gate.min_gain"),
+    ]
+    if gate.champion != "ignore" and result["champion"] is not None:
+        checks.append(_champion(block, result["champion"], gate))
+    checks += _floors(result, gate)
+    if gate.max_forgetting is not None:
+        checks += _forgetting(result["forgetting"], gate.max_forgetting)
+    reasons = [check["sentence"] for check in checks if not check["passed"]]
+    return {
+        "passed": not reasons,
+        "reasons": reasons,
+        "checks": checks,
+        **gate.model_dump(mode="json"),
+    }
+
+
+def _check(
+    name: str, passed: bool, value: float | None, limit: float, holds: str, fails: str
+) -> dict[str, Any]:
+    return {
+        "check": name,
+        "passed": passed,
+        "value": value,
+        "limit": limit,
+        "sentence": holds if passed else fails,
+    }
+
+
+def _gain(
+    name: str, what: str, over: Mapping[str, Any], limit: float, setting: str
+) -> dict[str, Any]:
+    low = over["gain_interval"][0]
+    start = f"the 95 % interval of the {what} starts at {_text(low)}"
+    return _check(
+        name,
+        low is not None and low > limit + _ROUNDING,
+        low,
+        limit,
+        f"{start}, above {setting} {limit:g}",
+        f"{start}, which is not above {setting} {limit:g}",
+    )
+
+
+def _champion(
+    block: Mapping[str, Any], champion: Mapping[str, Any], gate: GateSection
+) -> dict[str, Any]:
+    label = f"champion (version {champion['version']})"
+    name = "champion"
+    limit = gate.champion_margin if gate.champion == "better" else -gate.champion_margin
+    if not champion["compared"]:
+        sentence = (
+            f"the {label} can't be compared: {champion['reason']}; gate.champion: ignore decides "
+            "without it"
+        )
+        return _check(name, False, None, limit, sentence, sentence)
+    over = block[f"over_{CHAMPION}"]
+    what = f"gain over the {label}"
+    if gate.champion == "better":
+        found = _gain(name, what, over, limit, "gate.champion_margin")
+    else:
+        low = over["gain_interval"][0]
+        start = f"the 95 % interval of the {what} starts at {_text(low)}"
+        found = _check(
+            name,
+            low is not None and low >= limit - _ROUNDING,
+            low,
+            limit,
+            f"{start}, not below {limit:g}",
+            f"{start}, below minus gate.champion_margin {gate.champion_margin:g}",
+        )
+    return found
+
+
+def _floors(result: Mapping[str, Any], gate: GateSection) -> list[dict[str, Any]]:
+    checks = []
+    for place, floor in gate.slice_floors.items():
+        column, value = slice_of(place, result["slices"])
+        parts = result["slices"].get(column, [])
+        found = [part for part in parts if value is None or part["value"] == value]
+        name = f"slice_floors.{place}"
+        if not found:
+            sentence = f"slice {place} has no test rows, so gate.slice_floors can't be checked"
+            checks.append(_check(name, False, None, floor, sentence, sentence))
+        checks += [_floor(name, column, part, floor, gate.metric) for part in found]
+    return checks
+
+
+def _floor(
+    name: str, column: str, part: Mapping[str, Any], floor: float, metric: str
+) -> dict[str, Any]:
+    block = part["metrics"][metric]
+    score = block[TUNED]["score"]
+    place = f"slice {column}={part['value']} ({block['rows']} rows)"
+    if score is None:
+        sentence = f"{place} has no score in {metric}"
+        return _check(name, False, None, floor, sentence, sentence)
+    higher = block["higher_is_better"]
+    passed = score >= floor - _ROUNDING if higher else score <= floor + _ROUNDING
+    side = "below" if higher else "above"
+    return _check(
+        name,
+        passed,
+        score,
+        floor,
+        f"{place} scores {score:.3f}, the floor is {floor:g}",
+        f"{place} scores {score:.3f}, {side} the floor {floor:g}",
+    )
+
+
+def _forgetting(sets: Mapping[str, Any], budget: float) -> list[dict[str, Any]]:
+    if not sets:
+        sentence = (
+            "forgetting was not measured, so gate.max_forgetting can't be checked: set "
+            "evaluation.general_text or evaluation.forgetting_sets"
+        )
+        return [_check("max_forgetting", False, None, budget, sentence, sentence)]
+    checks = []
+    for name, found in sets.items():
+        high = found[TUNED]["change_interval"][1]
+        end = f"the loss on {name} rose by up to {high:.3f} nats per token (95 % interval)"
+        checks.append(
+            _check(
+                f"max_forgetting.{name}",
+                high <= budget + _ROUNDING,
+                high,
+                budget,
+                f"{end}, within gate.max_forgetting {budget:g}",
+                f"{end}, more than gate.max_forgetting {budget:g}",
+            )
+        )
+    return checks
+
+
+def _text(value: float | None) -> str:
+    return "no value" if value is None else f"{value:.3f}"
