@@ -132,9 +132,14 @@ def make_candidate(
         passed: bool = True,
         champion: dict[str, Any] | None = None,
         eval_set: str = "rows",
+        metric: str = "exact_match",
+        higher_is_better: bool = True,
+        refused: str = "register",
+        champion_rule: str = "better",
     ) -> tuple[Path, Path]:
         from tuneline import artifacts
 
+        base_score = 0.1 if higher_is_better else 2.0
         folder = tmp_path_factory.mktemp(f"candidate-{name}")
         model, report = folder / "model", folder / "report"
         base = {"reference": "tiny", "revision": "", "digest": "sha256:base"}
@@ -150,12 +155,19 @@ def make_candidate(
                 inputs={"adapter": adapter},
             )  # fmt: skip
         result = {
-            "metric": "exact_match",
+            "metric": metric,
+            "higher_is_better": higher_is_better,
             "rows": 120,
-            "base": 0.1,
+            "base": base_score,
             "tuned": tuned,
+            "metrics": {metric: {"base": {"score": base_score}, "tuned": {"score": tuned}}},
             "eval_set_digest": artifacts.digest_of(eval_set),
-            "verdict": {"passed": passed, "reasons": [] if passed else ["the gain is too small"]},
+            "verdict": {
+                "passed": passed,
+                "reasons": [] if passed else ["the gain is too small"],
+                "refused": refused,
+                "champion": champion_rule,
+            },
             "samples": [{"question": "apple number 3 is red"}],
             "champion": champion,
         }

@@ -227,6 +227,12 @@ def mlflow_errors(doing: str) -> Iterator[None]:
         yield
     # ImportError: no driver for that database; ValueError: not a URI
     except (MlflowException, RequestException, SQLAlchemyError, ImportError, ValueError) as error:
+        code = error.error_code if isinstance(error, MlflowException) else ""
+        if code == "UNAUTHENTICATED" or "error code 401" in str(error):
+            raise RegistryError(
+                f"MLflow at {safe_uri()} refused the credentials ({doing}): set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            ) from error
         uri = os.environ.get("MLFLOW_TRACKING_URI", "")
         text = " ".join(str(error).replace(uri, safe_uri()).split())
         login = uri.partition("://")[2].partition("/")[0].rpartition("@")[0]

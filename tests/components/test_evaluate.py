@@ -335,11 +335,12 @@ def registry(
 
 
 def make_champion(tmp_path: Path, folder: Path, name: str) -> None:
-    from tuneline.register.promote import promote
+    from tuneline.register.promote import Request, promote
     from tuneline.register.register import register
+    from tuneline.tracking import Untracked
 
-    version = register(tmp_path / "merged", folder, name, "", None)
-    promote(name, version)
+    version = register(tmp_path / "merged", folder, name, "", Untracked())
+    assert promote(name, Request(version, "me")).alias == "champion"
 
 
 CHEAP = {"metrics": ["exact_match", "cross_entropy"], "general_text": False}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tuneline import steps
 from tuneline.errors import ArtifactError, ConflictError, RecipeError, RegistryError
 from tuneline.register import history
 from tuneline.register.approve import approve
@@ -78,7 +79,7 @@ def actions() -> list[tuple[str, int]]:
 
 def compared_with(client: Any, version: int) -> dict[str, Any]:
     digest = client.get_model_version("m", str(version)).tags["tuneline.model_digest"]
-    return {"name": "m", "version": version, "digest": digest}
+    return {"name": "m", "version": version, "digest": digest, "compared": True}
 
 
 def test_a_passed_version_becomes_champion_and_the_one_before_stays_known(
@@ -102,6 +103,19 @@ def test_a_refused_version_stays_out_and_the_refusal_is_kept_once(
     assert actions() == [("refuse", 1)]
 
 
+def test_a_refused_model_is_not_registered_where_the_gate_says_skip(
+    make_candidate: Make, client: Any
+) -> None:
+    model, report = map(str, make_candidate("skipped", passed=False, refused="skip"))
+    registry = {"model_name": "m"}
+    version = steps.register(model, report, registry)
+    assert version == steps.NOT_REGISTERED
+    assert steps.promote(registry, version) == ""
+    assert client.search_registered_models() == []
+    model, report = map(str, make_candidate("passed", refused="skip"))
+    assert steps.promote(registry, steps.register(model, report, registry)) == "champion"
+
+
 def test_a_comparison_with_another_champion_asks_for_a_new_evaluation(
     add: Callable[..., int], client: Any
 ) -> None:
@@ -120,16 +134,41 @@ def test_a_comparison_with_another_champion_asks_for_a_new_evaluation(
     ("measured", "says"),
     [
         ({"tuned": 0.8}, ""),
-        ({"tuned": 0.79}, "its score 0.7900 is below the 0.8000"),
+        ({"tuned": 0.79}, "its exact_match 0.7900 is worse than the 0.8000"),
         ({"tuned": 0.9, "eval_set": "other"}, "answered other test rows"),
+        ({"tuned": 0.9, "metric": "chrf"}, "has no score in 'chrf'"),
+        ({"tuned": 0.1, "eval_set": "other", "champion_rule": "ignore"}, ""),
     ],
 )
 def test_without_a_comparison_the_score_on_the_same_rows_decides(
     add: Callable[..., int], measured: dict[str, Any], says: str
 ) -> None:
     promote(add("a", tuned=0.8))
-    promotion = promote(add("b", **measured))
+    add("b", **measured)
+    if "no score" in says:
+        with pytest.raises(RegistryError, match=says):
+            promote(2)
+        return
+    promotion = promote(2)
     assert (promotion.alias == "champion") == (not says) and says in promotion.reason
+
+
+@pytest.mark.parametrize(("tuned", "is_better"), [(1.1, True), (1.3, False)])
+def test_of_a_loss_the_lower_one_is_better(
+    add: Callable[..., int], tuned: float, is_better: bool
+) -> None:
+    loss = {"metric": "cross_entropy", "higher_is_better": False}
+    promote(add("a", tuned=1.2, **loss))
+    assert (promote(add("b", tuned=tuned, **loss)).alias == "champion") == is_better
+
+
+def test_a_champion_that_could_not_be_compared_is_not_taken_for_one_that_was(
+    add: Callable[..., int], client: Any
+) -> None:
+    promote(add("a"))
+    other_template = {**compared_with(client, 1), "compared": False}
+    refused = promote(add("b", champion=other_template, eval_set="other"))
+    assert "compared with its base only" in refused.reason
 
 
 def test_naming_the_champion_promotes_what_was_not_compared(

@@ -183,6 +183,8 @@ def _comparison(
 ) -> str:
     if now.champion in (None, int(candidate.version)):
         return ""
+    if candidate.tags.get(tags.CHAMPION_RULE) == "ignore":
+        return ""
     champion = find_version(client, candidate.name, now.champion)
     again = f"evaluate it against version {now.champion}, and promote that result"
     compared = candidate.tags.get(tags.COMPARED_DIGEST, "")

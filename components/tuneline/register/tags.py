@@ -29,6 +29,8 @@ METRIC: Final = f"{TAG}metric"
 HIGHER_IS_BETTER: Final = f"{TAG}higher_is_better"
 COMPARED_WITH: Final = f"{TAG}compared_with"
 COMPARED_DIGEST: Final = f"{TAG}compared_digest"
+CHAMPION_RULE: Final = f"{TAG}gate_champion"
+"""The gate's setting `champion`: whether a comparison with the champion is needed at all."""
 _VALUE_LENGTH: Final = 5000
 """MySQL and PostgreSQL take more, MLflow before 3.0 did not."""
 
@@ -57,6 +59,7 @@ def describe(model: Artifact, evaluation: Artifact) -> dict[str, str]:
         f"{TAG}tuneline_version": model.manifest.tuneline_version,
         GATE: "passed" if result["verdict"]["passed"] else "refused",
         GATE_REASONS: "; ".join(result["verdict"]["reasons"]),
+        CHAMPION_RULE: result["verdict"]["champion"],
         METRIC: metric,
         HIGHER_IS_BETTER: "true" if result["higher_is_better"] else "false",
         f"{TAG}test_rows": str(result["rows"]),

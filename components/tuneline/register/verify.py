@@ -86,7 +86,7 @@ def fetched(client: MlflowClient, version: ModelVersion) -> Iterator[Path]:
     try:
         with mlflow_errors(f"fetching {label(version)}"):
             folder = Path(download_artifacts(artifact_uri=uri, dst_path=str(aside)))
-        if not any(folder.iterdir()):
+        if not any(path.is_file() for path in folder.rglob("*")):
             raise RegistryError(_gone(version, uri))
         yield folder
     finally:
