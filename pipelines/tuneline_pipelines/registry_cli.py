@@ -6,7 +6,11 @@ import argparse
 import json
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Final
+
+from tuneline.errors import UsageError
+
+_SHORTEST_SECRET: Final = 16
 
 
 def add_commands(commands: Any) -> None:
@@ -14,6 +18,7 @@ def add_commands(commands: Any) -> None:
     _add_register(commands)
     _add_promote(commands)
     _add_approve(commands)
+    _add_approval_webhook(commands)
     _add_rollback(commands)
     _add_history(commands)
     _add_models(commands)
@@ -107,6 +112,30 @@ def _approve(options: argparse.Namespace) -> int:
 
     _use_tracking_uri(options)
     approve(options.name, options.version, by=options.by, reason=options.reason)
+    return 0
+
+
+def _add_approval_webhook(commands: Any) -> None:
+    webhook = commands.add_parser(
+        "approval-webhook", help="take approvals from MLflow's webhooks, until it is stopped"
+    )
+    webhook.add_argument("--host", default="127.0.0.1", help="to listen on (default: %(default)s)")
+    webhook.add_argument("--port", type=int, default=8080, help="(default: %(default)s)")
+    _add_common(webhook)
+    webhook.set_defaults(command=_approval_webhook)
+
+
+def _approval_webhook(options: argparse.Namespace) -> int:
+    from tuneline.register.webhook import SECRET_VARIABLE, serve
+
+    _use_tracking_uri(options)
+    secret = os.environ.get(SECRET_VARIABLE, "")
+    if len(secret) < _SHORTEST_SECRET:
+        raise UsageError(
+            f"{SECRET_VARIABLE} must hold the secret that the webhook was made with, at least "
+            f"{_SHORTEST_SECRET} characters: anyone who knows it can approve"
+        )
+    serve(options.host, options.port, secret)
     return 0
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.webhooks.delivery import _generate_hmac_signature
 
 from tuneline import steps
 from tuneline.errors import ArtifactError, ConflictError, RecipeError, RegistryError
@@ -19,6 +20,7 @@ from tuneline.register.promote import NO_CHAMPION, Promotion, Request
 from tuneline.register.promote import promote as promote_version
 from tuneline.register.register import register
 from tuneline.register.rollback import rollback
+from tuneline.register.webhook import APPROVE, receive
 from tuneline.tracking import Untracked
 from tuneline_pipelines.cli import main
 
@@ -223,6 +225,45 @@ def test_a_version_that_needs_approval_waits_for_it(add: Callable[..., int], cli
     assert tags["tuneline.approval"] == "approved by ann: looked at the report"
     assert promote(1).alias == "champion"
     assert actions() == [("refuse", 1), ("approve", 1), ("promote", 1)]
+
+
+def delivery(value: str, *, key: str = APPROVE, at: float = 1e9) -> tuple[dict[str, str], bytes]:
+    event = {
+        "entity": "model_version_tag",
+        "action": "set",
+        "data": {"name": "m", "version": "1", "key": key, "value": value},
+    }
+    body = json.dumps(event).encode()
+    sent = str(int(at))
+    headers = {"X-MLflow-Delivery-Id": "7", "X-MLflow-Timestamp": sent}
+    headers["X-MLflow-Signature"] = _generate_hmac_signature("secret", "7", sent, body.decode())
+    return headers, body
+
+
+@pytest.mark.parametrize(
+    ("sent", "secret", "status"),
+    [
+        (delivery("Ada: I read it"), "secret", 200),
+        (delivery("Ada: I read it"), "other", 401),
+        (delivery("Ada: I read it", at=1e9 - 301), "secret", 401),
+        (delivery("Ada"), "secret", 422),
+        (delivery("Ada: I read it", key="colour"), "secret", 200),
+        ((delivery("Ada: I read it")[0], b"{}"), "secret", 401),
+        (({}, b""), "secret", 401),
+    ],
+)
+def test_an_approval_by_webhook_needs_signature_time_and_reason(
+    add: Callable[..., int],
+    sent: tuple[dict[str, str], bytes],
+    secret: str,
+    status: int,
+) -> None:
+    add("a", require_approval=True)
+    headers, body = sent
+    assert receive(headers, body, secret, 1e9)[0] == status
+    assert receive(headers, body, secret, 1e9)[0] == status  # MLflow may deliver twice
+    approved = [("approve", 1)] if status == 200 and b"colour" not in body else []
+    assert actions() == approved
 
 
 def test_a_refused_version_can_not_be_approved(add: Callable[..., int]) -> None:

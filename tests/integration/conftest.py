@@ -236,6 +236,9 @@ def server(
         "AWS_SECRET_ACCESS_KEY": object_store.secret,
         "AWS_DEFAULT_REGION": "us-east-1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        # webhooks go to this machine, without TLS
+        "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+        "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http",
     }
     uri = f"http://127.0.0.1:{port}"
     with started(command, lambda: answers(f"{uri}/health"), folder / "server.log", **environment):

@@ -7,6 +7,8 @@ import ssl
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -354,3 +356,41 @@ def test_no_secret_is_in_what_mlflow_keeps_or_the_commands_print(
     assert "tuneline.model_digest" in told
     for secret in (server.password, object_store.key, object_store.secret):
         assert secret not in told
+
+
+def test_a_tag_set_in_mlflow_approves_through_a_signed_webhook(
+    client: Any, make_candidate: Make
+) -> None:
+    from mlflow.entities.webhook import WebhookEvent
+
+    name, secret = "waits", "a-secret-of-the-webhook"
+    register(*make_candidate("waits"), name, "", Untracked(), require_approval=True)
+    assert "waits for an approval" in promote(name, Request(1, "me")).reason
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tuneline_pipelines.cli", "approval-webhook", "--port", "0"],
+        env={
+            **os.environ,
+            "TUNELINE_WEBHOOK_SECRET": secret,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    with process.stdout as output:
+        try:
+            url = next(line for line in output if "http://" in line).split()[-1]
+            client.create_webhook(
+                "approvals", url, [WebhookEvent("model_version_tag", "set")], secret=secret
+            )
+            unsigned = urllib.request.Request(url, data=b"{}", method="POST")
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(unsigned, timeout=10)
+            client.set_model_version_tag(name, "1", "tuneline.approve", "Ada Vega: read the report")
+            next(line for line in output if "is approved by Ada Vega" in line)
+        finally:
+            process.terminate()
+            assert process.wait(20) == 143
+    (approval,) = (event for event in events(name) if event.action == "approve")
+    assert (approval.by, approval.version) == ("Ada Vega", 1)
+    assert promote(name, Request(1, "me")).alias == "champion"
