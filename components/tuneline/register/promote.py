@@ -91,6 +91,8 @@ def promote(model_name: str, request: Request) -> Promotion:
     with mlflow_errors(f"promoting {model_name} version {request.version}"):
         candidate = find_version(client, model_name, request.version)
         now = standing(client, model_name)
+        if now.champion == request.version and not request.run_id:
+            verify(client, candidate)  # a person who asks again wants to know whether it is whole
         if (done := _earlier_try(client, now, request)) is not None:
             return done
         if reason := refusal(client, candidate, now, request):
