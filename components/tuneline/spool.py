@@ -61,6 +61,8 @@ class Spool:
         self._send = send
         self._wake = threading.Event()
         self._closing = threading.Event()
+        self._abandoned = threading.Event()
+        """Patience is over: from now on the files are another spool's."""
         self._complained = False
         path.parent.mkdir(parents=True, exist_ok=True)
         self._latest: dict[str, int] = {}
@@ -108,6 +110,7 @@ class Spool:
         self._closing.set()
         self._wake.set()
         self._thread.join(patience_seconds)
+        self._abandoned.set()
         self._file.close()  # and gives up the lock
         return self._sent == self._path.stat().st_size
 
@@ -137,8 +140,17 @@ class Spool:
 
     def _run(self) -> None:
         pause = _LINGER_SECONDS
-        while True:
-            waiting = self._entries(self._sent)
+        while not self._abandoned.is_set():
+            try:
+                waiting = self._entries(self._sent)
+                if waiting:
+                    # first on this disk: what was sent must not be computed and sent again
+                    with self._path.open("rb") as file:
+                        os.fsync(file.fileno())
+            except FileNotFoundError:
+                if self._abandoned.is_set():  # the next one has sent them, and removed the file
+                    return
+                raise
             batch: list[Entry] = []
             end = self._sent
             for entry, position in waiting:
@@ -154,19 +166,18 @@ class Spool:
                 self._closing.wait(_LINGER_SECONDS)
                 continue
             try:
-                # first on this disk: what was sent must not be computed and sent again
-                with self._path.open("rb") as file:
-                    os.fsync(file.fileno())
                 self._send(batch)
             except RegistryError as error:
                 if not self._complained:
                     report(f"warning: metrics wait in {self._path} until MLflow is back: {error}")
                     self._complained = True
                 if self._closing.is_set():  # whoever closes decides how long
-                    time.sleep(_LINGER_SECONDS)
+                    self._abandoned.wait(_LINGER_SECONDS)
                 elif not self._closing.wait(pause):
                     pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
                 continue
+            if self._abandoned.is_set():
+                return
             self._note_sent(end)
             if self._complained:
                 report("MLflow is back: the metrics that waited are sent")
