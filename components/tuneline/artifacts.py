@@ -11,6 +11,7 @@ Layouts (paths inside the folder):
     adapter            adapter_config.json, adapter_model.safetensors (plain PEFT), history.jsonl
     eval_report        scores.jsonl, report.json, report.html
     merged_model       config.json, *.safetensors, tokenizer files (plain transformers), proof.json
+    packaged_model     the adapter's files, tokenizer files, loader.json, README.md
 
 KFP creates the folder of an output artifact's parent only, and both runners hand a path that does
 not exist yet; an empty folder at the path is accepted too.
@@ -22,19 +23,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from tuneline import __version__
-from tuneline.errors import ArtifactError
+from tuneline.errors import ArtifactError, TunelineError
 
 FORMAT_VERSION: Final = 1
 MANIFEST: Final = "manifest.json"
 
-Kind = Literal["prepared_dataset", "adapter", "eval_report", "merged_model"]
+Kind = Literal["prepared_dataset", "adapter", "eval_report", "merged_model", "packaged_model"]
 
 
 @dataclass(frozen=True)
@@ -101,17 +102,25 @@ def digest_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _entries(folder: Path) -> dict[str, FileEntry]:
+def _entries(folder: Path, hashed: Mapping[str, FileEntry]) -> dict[str, FileEntry]:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    names = {p.relative_to(folder).as_posix(): p for p in files}
     return {
-        p.relative_to(folder).as_posix(): FileEntry(p.stat().st_size, digest_of_file(p))
-        for p in files
+        name: hashed.get(name) or FileEntry(p.stat().st_size, digest_of_file(p))
+        for name, p in names.items()
     }
 
 
 @contextmanager
-def writing(output: Path) -> Iterator[Path]:
+def writing(
+    output: Path, *, resumes: Callable[[Path], bool] = lambda aside: False
+) -> Iterator[Path]:
     """A folder aside to write an artifact into; it becomes `output` when the block ends well.
+
+    Args:
+        output: folder of the artifact.
+        resumes: whether what a try before has left aside is gone on with. Where it is given, a
+            try that is interrupted leaves its work; one that fails for a stated reason does not.
 
     Raises:
         ArtifactError: `output` exists and is not empty, or its parent can't be written.
@@ -127,9 +136,9 @@ def writing(output: Path) -> Iterator[Path]:
     aside = output.with_name(output.name + ".partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        if aside.exists():
+        if aside.exists() and not resumes(aside):
             shutil.rmtree(aside)
-        aside.mkdir()
+        aside.mkdir(exist_ok=True)
     except OSError as error:
         raise ArtifactError(
             f"output {output} can't be written ({error.strerror}): name a folder that can"
@@ -139,8 +148,9 @@ def writing(output: Path) -> Iterator[Path]:
         if output.is_dir():
             output.rmdir()
         aside.rename(output)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+    except BaseException as error:
+        if isinstance(error, TunelineError) or not resumes(aside):
+            shutil.rmtree(aside, ignore_errors=True)
         raise
 
 
@@ -151,8 +161,11 @@ def seal(
     config: Mapping[str, Any],
     base_model: Mapping[str, str],
     inputs: Mapping[str, str],
+    hashed: Mapping[str, FileEntry] | None = None,
 ) -> Manifest:
     """Write the manifest of a finished folder, durably.
+
+    Files in `hashed` were hashed while they were written and are not read again.
 
     Files are made readable for every user: weights savers leave mode 0600, which a pod that runs
     as another user could not read.
@@ -166,7 +179,7 @@ def seal(
         config=dict(config),
         base_model=dict(base_model),
         inputs=dict(inputs),
-        files=_entries(folder),
+        files=_entries(folder, hashed or {}),
     )
     text = json.dumps(asdict(manifest) | {"digest": manifest.digest}, indent=2, ensure_ascii=False)
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:

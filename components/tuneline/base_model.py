@@ -77,8 +77,13 @@ def cache_dir() -> Path:
         raise ModelError("no home folder for the model cache: set TUNELINE_CACHE") from error
 
 
-def resolve(reference: str) -> BaseModel:
+def resolve(reference: str, *, digest: str | None = None) -> BaseModel:
     """Find a base model and bring it to local disk.
+
+    Args:
+        reference: `demo`, a local folder, or `hf://org/name@revision`.
+        digest: for a caller that compares it with `digest_of_model` itself, beside other work;
+            None: computed here.
 
     Raises:
         ModelError: it does not exist, its revision is not pinned, it has no safetensors weights, or
@@ -102,8 +107,7 @@ def resolve(reference: str) -> BaseModel:
     _check_code(path, reference, code)
     if reference != DEMO and not revision:
         reference = path.resolve().name
-    digest = digest_of([digest_of_folder(path), code]) if code else digest_of_folder(path)
-    return BaseModel(path, reference, revision, digest, code)
+    return BaseModel(path, reference, revision, digest or digest_of_model(path, code), code)
 
 
 def _check_code(path: Path, reference: str, pinned: str) -> None:
@@ -198,6 +202,11 @@ def digest_of_folder(path: Path) -> str:
         if file.is_file() and file.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt"):
             digest.update(f"{file.name} {digest_of_file(file)}\n".encode())
     return "sha256:" + digest.hexdigest()
+
+
+def digest_of_model(path: Path, code: str = "") -> str:
+    """The digest of a base model: of its folder, and of the code that is pinned with it."""
+    return digest_of([digest_of_folder(path), code]) if code else digest_of_folder(path)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -200,9 +200,40 @@ class GateSection(Settings):
 class ExportSection(Settings):
     """The form in which the tuned model leaves."""
 
-    form: Literal["merged"] = "merged"
-    """Plain weights of the base's architecture, the only form so far. A method that can't be
-    merged is refused when a run starts; its steps work one by one."""
+    form: Literal["auto", "merged", "packaged"] = "auto"
+    """`merged`: plain weights of the base's architecture. `packaged`: the base by reference and
+    the adapter beside it. `auto`: merged where the method can be."""
+    dtype: Literal["keep", "bf16", "fp16", "fp32"] = "keep"
+    """Of merged weights; `keep`: as the base stores each of them."""
+    quantization: Literal["none", "nf4"] = "none"
+    """`nf4`: linear layers of the merged model in bitsandbytes' 4 bits."""
+    quantized_base: Literal["dequantized", "original"] = "dequantized"
+    """What an adapter that was trained on a base in 4 bits is merged into: `dequantized`, the
+    weights that it was trained on, or `original`, the base before it was quantized."""
+    max_shard_size_gb: float | None = Field(default=None, gt=0)
+    """Largest weight file in GB (1e9 bytes); unset: the base's own files."""
+    combine: Literal["linear", "ties", "dare_linear", "dare_ties"] = "linear"
+    """How the changes of several LoRA adapters become one: their weighted sum, or TIES (Yadav et
+    al. 2023) or DARE (Yu et al. 2024), each tensor by itself."""
+    weights: tuple[float, ...] = ()
+    """One factor per adapter; unset: 1 for each."""
+    density: float = Field(default=0.5, gt=0, le=1)
+    """Share of each change that TIES and DARE keep."""
+
+    @field_validator("quantized_base", mode="before")
+    @classmethod
+    def _not_in_4_bits(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.lower() in ("4bit", "4-bit", "nf4", "quantized"):
+            raise ValueError(_INSIDE_4_BITS)
+        return value
+
+
+_INSIDE_4_BITS: Final = (
+    "merging inside 4 bits is refused: its levels are further apart than the change that was "
+    "trained, so that rounding would take most of the tuning away. Use dequantized or original "
+    "with export.quantization none, or export.form packaged, which keeps the 4-bit base and the "
+    "adapter"
+)
 
 
 class RegistrySection(Settings):
@@ -262,8 +293,9 @@ def resolve(values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
     """
     recipe = _validate(Recipe, values, source)
     method = method_of(recipe.method)
-    check_mergeable(recipe.method, source=source)
     check_gate(recipe.gate, recipe.evaluation, source=source)
+    check_form(recipe.method, recipe.export.form, source=source)
+    check_export(recipe.method, recipe.export, source=source)
     training = with_learning_rate(recipe.training, method)
     return recipe.model_copy(update={"training": training})
 
@@ -292,27 +324,23 @@ def with_learning_rate(training: TrainingSection, method: Method) -> TrainingSec
     return training.model_copy(update={"learning_rate": method.learning_rate})
 
 
-def why_not_mergeable(settings: MethodSettings) -> str:
-    """Why a run with these settings could not end in merged weights; empty when it can."""
-    if not method_of(settings).mergeable:
-        return "makes a change that has no equal form in the base's weights"
-    return settings.merge_hindrance
-
-
-def check_mergeable(settings: MethodSettings, *, source: str) -> None:
-    """Refuse a whole run that could not end in merged weights, before it costs anything.
+def check_form(settings: MethodSettings, form: str, *, source: str) -> None:
+    """Refuse an export that the method has no form for, before it costs anything.
 
     Raises:
-        RecipeError: names the method, the reason and what to do.
+        RecipeError: merged weights are asked for, and the method can't promise them.
     """
-    if reason := why_not_mergeable(settings):
-        able = [m.name for m in METHODS if not why_not_mergeable(m.config_class())]
+    method = method_of(settings)
+    hindrance = settings.merge_hindrance
+    if not method.mergeable:
+        hindrance = "makes a change that has no equal form in the base's weights"
+    if form == "merged" and hindrance:
+        able = [m.name for m in METHODS if m.mergeable and not m.config_class().merge_hindrance]
         raise RecipeError(
             source,
             [
-                f"method {method_of(settings).name} {reason}, and a run registers merged weights: "
-                "train and evaluate it with `tuneline finetune` and `tuneline evaluate`, or choose "
-                f"one that merges ({', '.join(able)})"
+                f"export.form: merged is not possible with method {method.name}, which {hindrance}: "
+                f"use auto or packaged, or a method that merges ({', '.join(able)})"
             ],
         )
 
@@ -361,6 +389,17 @@ def slice_of(place: str, columns: Iterable[str]) -> tuple[str, str | None]:
             return column, place[len(column) + 1 :]
     column, separator, value = place.partition("=")
     return column, value if separator else None
+
+
+def check_export(settings: MethodSettings, export: ExportSection, *, source: str) -> None:
+    """Refuse an export that would lose the tuning.
+
+    Raises:
+        RecipeError: a change trained on a base in 4 bits is to go back into 4 bits.
+    """
+    inside = export.quantization == "nf4" and export.quantized_base == "dequantized"
+    if inside and settings.quantization is not None and export.form != "packaged":
+        raise RecipeError(source, [f"export.quantization: {_INSIDE_4_BITS}, got 'nf4'"])
 
 
 def check(settings: type[T], values: Mapping[str, Any], *, source: str) -> T:

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -182,13 +182,37 @@ def merge(
     output: str,
     run_id: str = "",
     experiment: str = "",
+    also: Sequence[str] = (),
+    dataset: str = "",
+    eval_report: str = "",
 ) -> None:
-    """An Adapter to a MergedModel."""
+    """An Adapter to a MergedModel, or to a package where it can't be merged.
+
+    Args:
+        base_model: what the adapter was trained on.
+        adapter: an Adapter.
+        export: values of the recipe's section.
+        output: folder to write.
+        run_id: of the pipeline run.
+        experiment: of the run.
+        also: more Adapters, combined with the first.
+        dataset: the PreparedDataset, for a proof on its test split.
+        eval_report: the adapter's EvalReport, for the model card.
+    """
     from tuneline.merge.merge import merge as merge_adapter
 
-    recipe.check(recipe.ExportSection, export, source="export")
+    section = recipe.check(recipe.ExportSection, export, source="export")
     with _step("merge", run_id, experiment, _TORCH) as step:
-        merge_adapter(base_model, Path(adapter), Path(output), step)
+        merge_adapter(
+            base_model,
+            Path(adapter),
+            section,
+            Path(output),
+            step,
+            also=[Path(path) for path in also],
+            dataset_dir=Path(dataset) if dataset else None,
+            report_dir=Path(eval_report) if eval_report else None,
+        )
 
 
 def register(

@@ -235,7 +235,15 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _add_merge(commands: Any) -> None:
     merge = commands.add_parser("merge", help="base + Adapter -> MergedModel")
     merge.add_argument("--base-model", **_BASE_MODEL)
-    merge.add_argument("--adapter", required=True, metavar="DIR", help="an Adapter")
+    merge.add_argument(
+        "--adapter",
+        required=True,
+        action="append",
+        metavar="DIR",
+        help="an Adapter; several LoRA adapters are combined (--set combine, weights, density)",
+    )
+    merge.add_argument("--data", metavar="DIR", help="its PreparedDataset, for the proof")
+    merge.add_argument("--report", metavar="DIR", help="its EvalReport, for the model card")
     _add_set(merge, "key=value")
     merge.add_argument("--output", **_OUTPUT)
     merge.set_defaults(command=_merge)
@@ -245,7 +253,16 @@ def _merge(options: argparse.Namespace) -> int:
     from tuneline import steps
 
     export = _section("export", options.overrides, {})
-    steps.merge(options.base_model, options.adapter, export, str(options.output))
+    first, *others = options.adapter
+    steps.merge(
+        options.base_model,
+        first,
+        export,
+        str(options.output),
+        also=others,
+        dataset=options.data or "",
+        eval_report=options.report or "",
+    )
     return 0
 
 

@@ -47,7 +47,7 @@ def load_base(
     if quantization is not None:
         dtype = compute_dtype()
         options = {
-            "quantization_config": _bitsandbytes(quantization, dtype),
+            "quantization_config": bitsandbytes_config(quantization, dtype),
             "device_map": {"": device},
         }
     elif dtype is None and not accelerated:
@@ -70,6 +70,40 @@ def load_base(
     return model.to(device)  # pyright: ignore[reportArgumentType]
 
 
+def load_skeleton(path: Path, *, trust_code: bool = False) -> PreTrainedModel:
+    """The model without its weights, in fp32 on CPU: parameters are zeros that take no memory.
+
+    Each is one zero that is read again for every element. Unlike parameters on the meta device,
+    they can be given to what asks for a device or computes a little with them.
+
+    Raises:
+        ModelError: the configuration can't be loaded.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_code)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=trust_code
+            )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path} is no causal language model: {type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no details'}"
+        ) from error
+    model.tie_weights()
+    zeros: dict[int, torch.nn.Parameter] = {}  # tied ones stay one
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            zero = torch.zeros(()).expand(parameter.shape)
+            held = zeros.setdefault(id(parameter), torch.nn.Parameter(zero, requires_grad=False))
+            module.register_parameter(name, held)
+    return model.eval()
+
+
 def compute_dtype() -> torch.dtype:
     """bf16 on accelerators that have it; else fp32, since CPUs without bf16 units lose by it."""
     import torch
@@ -78,7 +112,8 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if accelerated else torch.float32
 
 
-def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> Any:
+def bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> Any:
+    """The 4-bit setting in transformers' words."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

@@ -15,26 +15,23 @@ can't be merged, since the base's architecture has no place for it.
 
 from __future__ import annotations
 
-import json
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tuneline.errors import MergeError, MethodError
+from tuneline.errors import MethodError
+from tuneline.finetune.methods.adapter_file import added, other_change, read_adapter
 from tuneline.finetune.methods.method import (
     FourBitSettings,
-    MergeTensor,
     Method,
     MethodSettings,
+    TensorChange,
     load_adapter,
 )
 from tuneline.finetune.methods.structure import linear_layers, short_targets
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -52,7 +49,7 @@ class BitfitSettings(FourBitSettings):
         """Added biases have no place in the base's weights."""
         if self.missing_biases == "add":
             return "may add biases (missing_biases add), for which the base has no place"
-        return super().merge_hindrance
+        return ""
 
 
 def attach(model: PreTrainedModel, config: MethodSettings) -> PeftModel:
@@ -102,34 +99,22 @@ def _merging_is_told_elsewhere() -> Iterator[None]:
         yield
 
 
-def open_merge(adapter_dir: str) -> tuple[MergeTensor, frozenset[str]]:
-    """The merge function of an adapter folder: b + d in fp32.
+def open_merge(adapter_dir: str) -> dict[str, TensorChange]:
+    """The changes of an adapter folder: b + d in fp32.
 
     Raises:
-        MergeError: the adapter has parts beyond bias offsets.
+        MergeError: the adapter has parts that this does not know.
     """
-    from safetensors.torch import load_file
-
-    folder = Path(adapter_dir)
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if config.get("modules_to_save"):
-        raise MergeError(
-            f"{adapter_dir}: modules_to_save={config['modules_to_save']!r} can't be merged tensor "
-            "by tensor"
-        )
-    offsets: dict[str, torch.Tensor] = {}
-    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
-        match = re.fullmatch(r"base_model\.model\.(.+)\.beft_bias", key)
-        if match is None:
-            raise MergeError(f"{adapter_dir}: tensor {key} is not a bias offset")
-        offsets[f"{match[1]}.bias"] = tensor.float().flatten()
-
-    def merge(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if name not in offsets:
-            return tensor
-        return (tensor.float() + offsets[name]).to(tensor.dtype)
-
-    return merge, frozenset(offsets)
+    config, tensors = read_adapter(adapter_dir)
+    changes: dict[str, TensorChange] = {}
+    for key, tensor in tensors.items():
+        module = key.removesuffix(".beft_bias")
+        if module == key:
+            name, change = other_change(adapter_dir, config, key, tensor)
+            changes[name] = change
+        else:
+            changes[f"{module}.bias"] = added(tensor.float().flatten())
+    return changes
 
 
 METHOD = Method(

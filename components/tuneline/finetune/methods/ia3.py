@@ -11,13 +11,17 @@ Scaling rows (k, v) or columns (FFN) of a weight is linear: it merges without a 
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from tuneline.errors import MergeError
-from tuneline.finetune.methods.method import FourBitSettings, MergeTensor, Method, MethodSettings
+from tuneline.finetune.methods.adapter_file import other_change, read_adapter
+from tuneline.finetune.methods.method import (
+    FourBitSettings,
+    Method,
+    MethodSettings,
+    TensorChange,
+)
 from tuneline.finetune.methods.structure import decoder_blocks, short_targets
 
 if TYPE_CHECKING:
@@ -59,48 +63,41 @@ def attach(model: PreTrainedModel, config: MethodSettings) -> PeftModel:
     return tuned
 
 
-def open_merge(adapter_dir: str) -> tuple[MergeTensor, frozenset[str]]:
-    """The merge function of an adapter folder: rows or columns times their vector, in fp32.
+def open_merge(adapter_dir: str) -> dict[str, TensorChange]:
+    """The changes of an adapter folder: rows or columns times their vector, in fp32.
 
     Raises:
-        MergeError: the adapter has parts beyond IA3's vectors.
+        MergeError: the adapter has parts that this does not know.
     """
-    from safetensors.torch import load_file
-
-    folder = Path(adapter_dir)
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if config.get("modules_to_save"):
-        raise MergeError(
-            f"{adapter_dir}: modules_to_save={config['modules_to_save']!r} can't be merged tensor "
-            "by tensor"
-        )
+    config, tensors = read_adapter(adapter_dir)
     ffn = set(config["feedforward_modules"])
     transposed = bool(config.get("fan_in_fan_out"))  # Conv1D keeps weights as (in, out)
-    vectors: dict[str, torch.Tensor] = {}
-    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
-        match = re.fullmatch(r"base_model\.model\.(.+)\.ia3_l(?:\.weight)?", key)
+    changes: dict[str, TensorChange] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(r"(.+)\.ia3_l(?:\.weight)?", key)
         if match is None:
-            raise MergeError(f"{adapter_dir}: tensor {key} is not a vector of IA3")
-        vectors[match[1]] = tensor.float().flatten()
+            name, change = other_change(adapter_dir, config, key, tensor)
+            changes[name] = change
+            continue
+        module, scales = match[1], tensor.float().flatten()
+        inputs = module in ffn or module.rsplit(".", 1)[-1] in ffn
+        changes[f"{module}.weight"] = _scaled(scales, columns=inputs != transposed)
+        if not inputs:
+            changes[f"{module}.bias"] = replace(_scaled(scales, vector=True), optional=True)
+    return changes
 
-    def scales_inputs(module: str) -> bool:
-        return module in ffn or module.rsplit(".", 1)[-1] in ffn
 
-    def merge(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        module, _, kind = name.rpartition(".")
-        vector = vectors.get(module)
-        if vector is None or (kind == "bias" and scales_inputs(module)):
-            return tensor
-        along = -1 if kind == "bias" or scales_inputs(module) != transposed else 0
-        if tensor.shape[along] != vector.numel():
-            raise MergeError(
-                f"{name}: base shape {tuple(tensor.shape)} does not fit the adapter's "
-                f"{vector.numel()} scales: the adapter belongs to another base"
-            )
-        shape = (-1, 1) if along == 0 else (-1,)
-        return (tensor.float() * vector.view(shape)).to(tensor.dtype)
+def _scaled(scales: torch.Tensor, *, columns: bool = False, vector: bool = False) -> TensorChange:
+    def apply(rows: torch.Tensor, first: int) -> torch.Tensor:
+        if columns:
+            return rows.mul_(scales)
+        some = scales[first : first + len(rows)]
+        return rows.mul_(some if vector else some.unsqueeze(1))
 
-    return merge, frozenset(f"{module}.weight" for module in vectors)
+    size = scales.numel()
+    return TensorChange(
+        shape=(size,) if vector else (-1, size) if columns else (size, -1), apply=apply
+    )
 
 
 METHOD = Method(

@@ -25,17 +25,15 @@ Variants, which combine unless said otherwise:
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
-from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from tuneline.errors import MergeError, MethodError, did_you_mean
-from tuneline.finetune.methods.method import MergeTensor, Method, MethodSettings
+from tuneline.finetune.methods.adapter_file import added, other_change, read_adapter
+from tuneline.finetune.methods.method import Method, MethodSettings, TensorChange
 from tuneline.finetune.methods.structure import (
     decoder_blocks,
     last_names,
@@ -276,72 +274,71 @@ def create_optimizer(
     )
 
 
-_MERGED_AS_PLAIN: Mapping[str, Any] = {
-    "bias": "none",
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "trainable_token_indices": None,
-    "lora_bias": False,
-}
-"""adapter_config.json keys whose other values need more than this file merges."""
+def open_merge(adapter_dir: str) -> dict[str, TensorChange]:
+    """The changes of an adapter folder, computed in fp32: W + s B A, or DoRA's.
 
-
-def open_merge(adapter_dir: str) -> tuple[MergeTensor, frozenset[str]]:
-    """The merge function of an adapter folder, computed in fp32: W + s B A, or DoRA's.
+    Ranks and scales may differ between modules; embeddings, biases, trained tokens and whole
+    modules beside the low-rank changes are merged too.
 
     Raises:
-        MergeError: the adapter has parts beyond plain LoRA on linear modules.
+        MergeError: the adapter has parts that this does not know.
     """
-    from safetensors.torch import load_file
+    from peft.utils.other import get_pattern_key
 
-    folder = Path(adapter_dir)
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    for key, plain in _MERGED_AS_PLAIN.items():
-        if config.get(key, plain) not in (plain, None):
-            raise MergeError(
-                f"{adapter_dir}: {key}={config[key]!r} can't be merged tensor by tensor; "
-                f"this merge handles {key}={plain!r}"
-            )
-    rank, alpha = config["r"], config["lora_alpha"]
+    config, tensors = read_adapter(adapter_dir)
     transposed = bool(config.get("fan_in_fan_out"))  # Conv1D keeps weights as (in, out)
-    scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
-    weights = load_file(folder / "adapter_model.safetensors")
-    targets: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in weights.items():
+    changes: dict[str, TensorChange] = {}
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
         match = re.fullmatch(
-            r"base_model\.model\.(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?", key
+            r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?:\.(weight|bias))?", key
         )
         if match is None:
-            raise MergeError(f"{adapter_dir}: tensor {key} is not LoRA's A, B or magnitude")
-        targets.setdefault(f"{match[1]}.weight", {})[match[2]] = tensor.float()
+            name, change = other_change(adapter_dir, config, key, tensor)
+            changes[name] = change
+        else:
+            part = "bias" if match[3] == "bias" else match[2]
+            modules.setdefault(match[1], {})[part] = tensor.float()
     needed = {"A", "B"} | ({"magnitude_vector"} if config.get("use_dora") else set())
-    for name, parts in targets.items():
-        if parts.keys() != needed:
+    for module, parts in modules.items():
+        pattern = config.get("alpha_pattern") or {}
+        alpha = pattern.get(get_pattern_key(list(pattern), module), config["lora_alpha"])
+        embedding = "embedding_A" in parts
+        low = {key.removeprefix("embedding_"): value for key, value in parts.items()}
+        if low.keys() - {"bias"} != needed:
             raise MergeError(
-                f"{adapter_dir}: {name} has {sorted(parts)}, {sorted(needed)} are needed"
+                f"{adapter_dir}: {module} has {sorted(low)}, {sorted(needed)} are needed"
             )
+        rank = len(low["A"])
+        scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+        # the rows of an embedding are its inputs, as those of Conv1D are
+        changes[f"{module}.weight"] = _low_rank_change(
+            low["A"], scale * low["B"], low.get("magnitude_vector"), transposed or embedding
+        )
+        if "bias" in low:
+            changes[f"{module}.bias"] = added(scale * low["bias"])
+    return changes
 
-    def merge(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if name not in targets:
-            return tensor
-        parts = targets[name]
-        change = scale * (parts["B"] @ parts["A"])
+
+def _low_rank_change(
+    a: torch.Tensor, b: torch.Tensor, magnitude: torch.Tensor | None, transposed: bool
+) -> TensorChange:
+    left, right = (a.T.contiguous(), b.T.contiguous()) if transposed else (b, a)
+
+    def apply(rows: torch.Tensor, first: int) -> torch.Tensor:
+        rows.addmm_(left[first : first + len(rows)], right)
+        if magnitude is None:
+            return rows
         if transposed:
-            change = change.T
-        if tensor.shape != change.shape:
-            raise MergeError(
-                f"{name}: base shape {tuple(tensor.shape)} is not the adapter's "
-                f"{tuple(change.shape)}: the adapter belongs to another base"
-            )
-        merged = tensor.float() + change
-        if "magnitude_vector" in parts:
-            rows = merged.T if transposed else merged
-            rows = rows * (parts["magnitude_vector"] / rows.norm(dim=1)).unsqueeze(1)
-            merged = rows.T if transposed else rows
-        return merged.to(tensor.dtype)
+            return rows * (magnitude / rows.norm(dim=0))
+        return rows * (magnitude[first : first + len(rows)] / rows.norm(dim=1)).unsqueeze(1)
 
-    return merge, frozenset(targets)
+    return TensorChange(
+        shape=(left.shape[0], right.shape[1]),
+        apply=apply,
+        by_rows=magnitude is None or not transposed,
+        delta=(lambda: left @ right) if magnitude is None else None,
+    )
 
 
 METHOD = Method(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -32,9 +33,7 @@ class MethodSettings(Settings):
 
     @property
     def merge_hindrance(self) -> str:
-        """Why what is trained with these settings may not merge; empty when it does."""
-        if self.quantization is not None:
-            return "is trained on a base in 4 bits, which is not the base that it would merge into"
+        """Why what a mergeable method trains with these settings may not merge; else empty."""
         return ""
 
 
@@ -96,31 +95,59 @@ class CreateOptimizer(Protocol):
     ) -> Optimizer | None: ...
 
 
-class MergeTensor(Protocol):
-    """Adds an adapter's change to one base tensor.
+class ChangeRows(Protocol):
+    """Merges some rows of one tensor.
 
     Args:
-        name: of the base tensor, as in the base's safetensors.
-        tensor: the base tensor, in its own dtype.
+        rows: fp32 rows of the base tensor, first axis; may be changed in place. Where the change
+            replaces the tensor, only their shape counts.
+        first: index of the first of them in the tensor.
 
     Returns:
-        The merged tensor in the base's dtype, or the same object if the adapter leaves it alone.
+        The merged rows, fp32.
     """
 
-    def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, rows: torch.Tensor, first: int) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """What an adapter does to one tensor of the base."""
+
+    shape: tuple[int, ...]
+    """Of the merged tensor: the base's own, unless it `replaces`. -1: whatever the base has."""
+    apply: ChangeRows
+    by_rows: bool = True
+    """Rows can be merged apart from each other; else all of them are given at once."""
+    replaces: bool = False
+    """The merged tensor is the adapter's own, of whatever size: resized embeddings, whole modules
+    that were trained beside the adapter."""
+    tied_follows: bool = False
+    """An output layer that is tied to this embedding changes with it."""
+    optional: bool = False
+    """Nothing is lost when the base has no such tensor."""
+    delta: Callable[[], torch.Tensor] | None = None
+    """The whole change in fp32 where it is a sum, so that several can be combined."""
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a base tensor of this shape can be changed."""
+        return self.replaces or (
+            len(shape) == len(self.shape)
+            and all(own in (-1, size) for own, size in zip(self.shape, shape, strict=True))
+        )
 
 
 class OpenMerge(Protocol):
-    """Reads an adapter folder once and gives the function that merges tensor by tensor.
+    """Reads an adapter folder once.
 
     Returns:
-        The merge function, and the base tensors' names that the adapter must find.
+        The change of every tensor that the adapter touches, by the tensor's name in the model.
 
     Raises:
         MergeError: the adapter is of a form that can't be merged.
     """
 
-    def __call__(self, adapter_dir: str) -> tuple[MergeTensor, frozenset[str]]: ...
+    def __call__(self, adapter_dir: str) -> dict[str, TensorChange]: ...
 
 
 def save_adapter(model: PeftModel | PreTrainedModel, folder: str) -> None:
@@ -129,10 +156,28 @@ def save_adapter(model: PeftModel | PreTrainedModel, folder: str) -> None:
 
 
 def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
-    """Put a PEFT adapter on its base."""
+    """Put a PEFT adapter on its base, whose embeddings grow by the tokens that it added."""
     from peft import PeftModel
+    from safetensors import safe_open
 
-    return PeftModel.from_pretrained(model, folder)
+    embedding = model.get_input_embeddings()
+    name = next((key for key, module in model.named_modules() if module is embedding), "")
+    with safe_open(f"{folder}/adapter_model.safetensors", "pt") as tensors:
+        key = f"base_model.model.{name}.weight"
+        rows = tensors.get_slice(key).get_shape()[0] if key in tensors.keys() else None  # noqa: SIM118  not a dict
+    if rows is not None and rows != model.config.vocab_size:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    without_weights = any(p.numel() > 1 and not any(p.stride()) for p in model.parameters())
+    if not without_weights:
+        return PeftModel.from_pretrained(model, folder)
+    output = model.get_output_embeddings()
+    tied = output is not None and output.weight is embedding.weight
+    # assigns the adapter's tensors: the base's can't be written to
+    tuned = PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True)
+    if tied and rows is not None:
+        # growing them has made new layers
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]  # tied
+    return tuned
 
 
 def one_learning_rate(
@@ -164,7 +209,8 @@ class Method:
     """Not for `stored_as` model."""
     create_optimizer: CreateOptimizer = one_learning_rate
     open_merge: OpenMerge | None = None
-    """None: the change has no equal form in the base's weights, so it can't be merged."""
+    """None: there is no change to merge; what is `stored_as` model is merged already, the change
+    of any other method has no equal form in the base's weights."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass when the recipe leaves it open."""
@@ -182,4 +228,4 @@ class Method:
     @property
     def mergeable(self) -> bool:
         """Whether the tuned model can be written as weights of the base's architecture."""
-        return self.open_merge is not None
+        return self.open_merge is not None or self.stored_as == "model"

@@ -1,0 +1,142 @@
+"""Base reference + adapter + the loader that serves them: for what has no form as plain weights.
+
+A change that is not linear in the weights (prompt tuning, bottleneck layers), or has no place in
+the base's architecture (biases where there were none), is not written into weights. The artifact
+then names the base that it stands on by reference, revision and digest, holds the adapter and the
+tokenizer, and says which packages load it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from tuneline import artifacts, base_model
+from tuneline.artifacts import MANIFEST, Artifact
+from tuneline.base_model import DEMO, BaseModel
+from tuneline.data_prep.chat import load_tokenizer
+from tuneline.finetune.methods.method import Quantization
+from tuneline.merge.model_card import card
+from tuneline.recipe import method_of, method_settings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+LOADER: Final = "loader.json"
+_PACKAGES: Final = {
+    "peft": ("torch", "transformers", "peft", "safetensors"),
+    "peft with tuneline": ("torch", "transformers", "peft", "safetensors", "tuneline"),
+}
+_OF_THE_TOKENIZER: Final = ("token", "vocab", "merges", "chat_template", "special", "LICENSE")
+
+
+def write_package(
+    base: BaseModel, adapter: Artifact, reason: str, folder: Path, name: str, facts: dict[str, Any]
+) -> None:
+    """Fill `folder`.
+
+    Args:
+        base: what the adapter stands on.
+        adapter: with its method in the manifest.
+        reason: why it is not merged.
+        folder: to write into.
+        name: that the folder will have.
+        facts: more for the model card.
+    """
+    settings = method_settings(adapter.manifest.config["method"])
+    loader = method_of(settings).loader
+    packages = [*_PACKAGES[loader], *(["bitsandbytes"] if settings.quantization else [])]
+    if _needs_tuneline(base) and "tuneline" not in packages:
+        packages.append("tuneline")
+    for file in adapter.path.iterdir():
+        if file.is_file() and file.name not in (MANIFEST, "history.jsonl"):
+            shutil.copyfile(file, folder / file.name)
+    for file in base.path.iterdir():
+        wanted = file.name.startswith(_OF_THE_TOKENIZER) and file.suffix != ".safetensors"
+        if wanted and file.is_file() and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+    quantization = settings.quantization
+    text = json.dumps(
+        {
+            "base_model": base.identity(),
+            "method": settings.name,  # pyright: ignore[reportAttributeAccessIssue]  # each has one
+            "loader": loader,
+            "packages": {package: version(package) for package in packages},
+            "quantization": {"type": "nf4", "double": quantization.double}
+            if quantization
+            else None,
+            "not_merged": reason,
+        },
+        indent=2,
+    )
+    (folder / LOADER).write_text(text + "\n", encoding="utf-8")
+    code = loading_code(base, name, quantization, with_tuneline="tuneline" in packages)
+    (folder / "README.md").write_text(
+        card(base, adapter, facts, code=code, note=reason, is_adapter=True), encoding="utf-8"
+    )
+
+
+def loading_code(
+    base: BaseModel, name: str, quantization: Quantization | None, *, with_tuneline: bool
+) -> str:
+    """Python that loads the folder `name` from where it lies."""
+    if with_tuneline:
+        reference = f"{base.reference}{base_model.CODE_PIN}{base.code}" if base.code else (
+            base.reference
+        )  # fmt: skip
+        return (
+            "from tuneline.merge.package import load_packaged\n"
+            f'model, tokenizer = load_packaged("{name}", base_model="{reference}")\n'
+        )
+    revision = f', revision="{base.revision}"' if base.revision else ""
+    lines = ["from peft import PeftModel"]
+    options = ""
+    if quantization is None:
+        lines.append("from transformers import AutoModelForCausalLM, AutoTokenizer")
+    else:
+        lines.append("from transformers import AutoModelForCausalLM, AutoTokenizer, "
+                     "BitsAndBytesConfig")  # fmt: skip
+        lines.append(
+            'four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+            f"bnb_4bit_use_double_quant={quantization.double})"
+        )
+        options = ", quantization_config=four_bit"
+    lines += [
+        f'base = AutoModelForCausalLM.from_pretrained("{base.name}"{revision}{options})',
+        f'model = PeftModel.from_pretrained(base, "{name}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _needs_tuneline(base: BaseModel) -> bool:
+    # nobody else knows the demo's model, or checks the pin of a model's own code
+    return bool(base.code) or base.reference == DEMO
+
+
+def load_packaged(
+    folder: str | Path, *, base_model: str
+) -> tuple[PeftModel | PreTrainedModel, Any]:
+    """The model and tokenizer of a packaged artifact, verified, on the base that it names.
+
+    Args:
+        folder: of kind `packaged_model`.
+        base_model: where its base is; another than the adapter was trained on is refused.
+
+    Raises:
+        ArtifactError: the folder is damaged, or the base is another.
+        ModelError: the base can't be loaded.
+    """
+    from tuneline.base_model import resolve
+    from tuneline.evaluate.evaluate import check_lineage
+    from tuneline.finetune.load import load_tuned
+
+    packaged = artifacts.load(Path(folder), "packaged_model")
+    base = resolve(base_model)
+    check_lineage(packaged, base, None)
+    tokenizer = load_tokenizer(str(folder), trust_code=base.trusts_code)
+    return load_tuned(base, packaged).eval(), tokenizer
