@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from tuneline.errors import MethodError
 from tuneline.finetune.load import load_base, load_skeleton
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Attach = Callable[["PreTrainedModel"], "nn.Module"]
 ReadWeight = Callable[[str], "torch.Tensor"]
+_TUNED: Final = "base_model.model."
+"""Where PEFT puts the model."""
 
 
 class Weights(Mapping[str, "torch.Tensor"]):
@@ -83,7 +85,7 @@ def _find(name: str, twins: list[str], stored: StoredModel) -> StoredTensor:
 
 def plain_name(name: str) -> str:
     """The base's name of a parameter that lies under PEFT's layers."""
-    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    name = name.removeprefix(_TUNED).replace(".base_layer.", ".").replace(".token_adapter.", ".")
     return name.replace(".original_module.", ".").replace(".modules_to_save.default.", ".")
 
 
@@ -113,7 +115,7 @@ def streamed(
     skeleton = load_skeleton(folder, trust_code=trust_code)
     try:
         weights = Weights(skeleton, folder)
-        blocks = {type(skeleton.get_submodule(b.name)) for b in decoder_blocks(skeleton)}
+        parts = [block.name for block in decoder_blocks(skeleton)]
     except (KeyError, MethodError):
         loaded = load_base(folder, trust_code=trust_code, dtype=torch.float32)
         if read is not None:
@@ -125,6 +127,14 @@ def streamed(
         for name, buffer in skeleton.named_buffers():
             if name in weights:
                 buffer.copy_(weights[name])
+    inside = tuple(f"{block}." for block in parts)
+    parts += [
+        name
+        for name, module in skeleton.named_modules()
+        if name not in parts
+        and not name.startswith(inside)
+        and any(True for _ in module.parameters(recurse=False))
+    ]
     absent = {id(parameter) for parameter in skeleton.parameters()}
     model = attach(skeleton) if attach is not None else skeleton
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -134,11 +144,9 @@ def streamed(
         value = weights[plain] if read is None else read(plain, weights[plain])
         return value.to(device)
 
-    parts = {name for name, module in model.named_modules() if type(module) in blocks}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{part}.") for part in parts)
-        if not inside:
-            _read_when_called(module, name, read_weight, absent, whole=name in parts)
+    for part in parts:
+        name = part if model is skeleton else f"{_TUNED}{part}"
+        _read_when_called(model.get_submodule(name), name, read_weight, absent)
     for parameter in model.parameters():
         if id(parameter) not in absent:
             parameter.data = parameter.data.to(device=device, dtype=torch.float32)
@@ -147,20 +155,15 @@ def streamed(
     return model.eval()
 
 
-def _read_when_called(
-    module: nn.Module, name: str, read: ReadWeight, absent: set[int], *, whole: bool
-) -> None:
+def _read_when_called(module: nn.Module, name: str, read: ReadWeight, absent: set[int]) -> None:
     from torch import nn
 
-    owners = list(module.named_modules(prefix=name)) if whole else [(name, module)]
     parameters = [
         (owner, key, f"{owner_name}.{key}", parameter)
-        for owner_name, owner in owners
+        for owner_name, owner in module.named_modules(prefix=name)
         for key, parameter in owner.named_parameters(recurse=False)
         if id(parameter) in absent
     ]
-    if not parameters:
-        return
 
     def enter(*_arguments: object) -> None:
         for owner, key, full_name, _ in parameters:

@@ -159,6 +159,7 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
     """Put a PEFT adapter on its base, whose embeddings grow by the tokens that it added."""
     from peft import PeftModel
     from safetensors import safe_open
+    from torch.nn import Embedding
 
     embedding = model.get_input_embeddings()
     name = next((key for key, module in model.named_modules() if module is embedding), "")
@@ -174,9 +175,10 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
     tied = output is not None and output.weight is embedding.weight
     # assigns the adapter's tensors: the base's can't be written to
     tuned = PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True)
-    if tied and rows is not None:
-        # growing them has made new layers
-        model.get_output_embeddings().weight = model.get_input_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]  # tied
+    embedding = model.get_input_embeddings()
+    if tied and rows is not None and isinstance(embedding, Embedding):
+        # assigning has parted them; a whole module of the adapter's own stays apart
+        model.get_output_embeddings().weight = embedding.weight  # pyright: ignore[reportOptionalMemberAccess]  # tied
     return tuned
 
 
