@@ -25,8 +25,9 @@ from tuneline.finetune.methods import METHODS, Method
 from tuneline.finetune.methods.method import MethodSettings, Quantization
 from tuneline.finetune.methods.structure import decoder_blocks
 from tuneline.finetune.train import attach, finetune
-from tuneline.merge.merge import merge_shard
-from tuneline.recipe import DataSection, TrainingSection
+from tuneline.merge.merge import merge
+from tuneline.merge.package import load_packaged
+from tuneline.recipe import DataSection, ExportSection, TrainingSection
 from tuneline.tracking import Untracked
 
 ARCHITECTURES = (
@@ -239,19 +240,18 @@ def test_two_on_one_base_switch_and_each_gives_its_own_output(tuned: Tuned, tmp_
         torch.testing.assert_close(logits(both), expected, rtol=0, atol=0)
 
 
-def test_it_merges_into_equal_weights_or_says_why_not(tuned: Tuned, tmp_path: Path) -> None:
-    if not tuned.method.mergeable or tuned.settings.quantization is not None:
-        return  # into a 4-bit base: held by the tests of the merge step
-    assert tuned.method.open_merge is not None
-    merge_tensor, targets = tuned.method.open_merge(str(tuned.adapter.path))
-    base_model.copy_small_files(tuned.base.path, tmp_path)
-    name = "model.safetensors"
-    changed = merge_shard(tuned.base.path / name, tmp_path / name, merge_tensor)
-    if not targets <= changed:
-        assert tuned.settings.merge_hindrance and not changed  # biases that the base has not
-        return
-    merged = load_base(tmp_path, trust_code=tuned.base.trusts_code)
-    torch.testing.assert_close(logits(merged), logits(tuned.load()), **CLOSE)
+def test_it_is_exported_merged_or_packaged_with_equal_logits(tuned: Tuned, tmp_path: Path) -> None:
+    base = tuned.base
+    reference = f"{base.path}{base_model.CODE_PIN}{base.code}" if base.code else str(base.path)
+    exported = merge(reference, tuned.adapter.path, ExportSection(), tmp_path / "out", Untracked())
+    if exported.manifest.kind == "merged_model":
+        assert tuned.method.mergeable
+        model = load_base(exported.path, trust_code=base.trusts_code)
+    else:
+        # bitfit: biases that the base has no place for
+        assert not tuned.method.mergeable or tuned.settings.merge_hindrance
+        model, _ = load_packaged(exported.path, base_model=reference)
+    torch.testing.assert_close(logits(model), logits(tuned.load()), **CLOSE)
 
 
 FRESH = """
@@ -405,12 +405,10 @@ def test_options_that_do_not_fit_the_model_are_refused(
     [
         ({"name": "prompt_tuning"}, "no equal form"),
         ({"name": "bottleneck"}, "no equal form"),
-        ({"name": "qlora"}, "base in 4 bits"),
-        ({"name": "ia3", "load_in_4bit": True}, "base in 4 bits"),
         ({"name": "bitfit", "missing_biases": "add"}, "may add biases"),
     ],
 )
-def test_a_run_that_could_not_end_in_merged_weights_is_refused_at_its_start(
+def test_merged_weights_are_refused_at_the_start_where_a_run_may_not_end_in_them(
     method: dict[str, object], reason: str
 ) -> None:
     values = {
@@ -419,10 +417,11 @@ def test_a_run_that_could_not_end_in_merged_weights_is_refused_at_its_start(
         "method": method,
         "registry": {"model_name": "orders"},
     }
+    assert recipe.resolve(values).export.form == "auto"
     with pytest.raises(
-        RecipeError, match=f"{reason}.*tuneline finetune.*\\(full, lora, ia3, bitfit"
+        RecipeError, match=f"{reason}.*use auto or packaged, or.*\(full, lora, qlora, ia3, bitfit"
     ):
-        recipe.resolve(values)
+        recipe.resolve(values | {"export": {"form": "merged"}})
 
 
 def test_bitfit_trains_the_biases_that_a_model_has(model_reference: Callable[[str], str]) -> None:

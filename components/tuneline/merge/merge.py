@@ -32,9 +32,9 @@ from tuneline.merge.four_bit import quantized_weights
 from tuneline.merge.model_card import BASE_CARD, card
 from tuneline.merge.package import write_package
 from tuneline.merge.plan import CODES, INDEX, Embeddings, NoSuchTensorError, Plan, plan_merge
-from tuneline.merge.proof import Proof, Subject, prove
+from tuneline.merge.proof import Subject, prove
 from tuneline.merge.stored import FLOATS, read_file, read_model
-from tuneline.merge.stream import JOURNAL, Journal, write_files
+from tuneline.merge.stream import Journal, write_files
 from tuneline.progress import report, tick
 from tuneline.recipe import ExportSection, check_export, check_form, method_of, method_settings
 from tuneline.tracking import Step
@@ -142,8 +142,11 @@ def merge(
     except _NotMergeableError as error:
         return _package(job, f"not merged: {error}", check, output, facts)
     key = job.key()
-    with artifacts.writing(output, resumes=lambda aside: Journal.belongs(aside, key)) as aside:
-        journal = _write(job, plan, aside, key, check)
+    with (
+        artifacts.writing(output, resumes=lambda aside: Journal.belongs(aside, key)) as aside,
+        Journal(aside, key) as journal,
+    ):
+        _write(job, plan, aside, journal, check)
         subject = Subject(
             base=base,
             adapter=adapter,
@@ -153,10 +156,10 @@ def merge(
             combined=changes if others or export.weights else None,
         )
         proof = prove(subject, plan, aside, dataset=dataset, identical=_is_copy(job, plan))
-        facts |= _proof_rows(proof)
+        facts |= {"merge proof": proof.sentence()}
         _write_card(job, aside, output.name, facts)
         (aside / PROOF).write_text(json.dumps(asdict(proof), indent=2) + "\n", encoding="utf-8")
-        journal.close()
+        journal.complete()
         manifest = artifacts.seal(
             aside,
             kind="merged_model",
@@ -193,9 +196,15 @@ def _changes(job: _Job) -> dict[str, TensorChange]:
         )
     opened = []
     for adapter in job.adapters:
-        one = method_of(method_settings(adapter.manifest.config["method"]))
+        settings = method_settings(adapter.manifest.config["method"])
+        one = method_of(settings)
         if one.open_merge is None or one.stored_as == "model":
             raise MergeError(f"{adapter.path}: method {one.name} can't be combined with others")
+        if settings.quantization != job.settings.quantization:
+            raise MergeError(
+                f"{adapter.path} was trained on the base in another precision than "
+                f"{job.adapters[0].path}: they have no weights in common to be merged into"
+            )
         opened.append(one.open_merge(str(adapter.path)))
     return combine(opened, export)
 
@@ -282,12 +291,8 @@ class _BaseCheck:
         self.poll()
 
 
-def _write(job: _Job, plan: Plan, aside: Path, key: str, check: _BaseCheck) -> Journal:
-    """Weights and what travels with them; the journal has the weights' digests."""
-    journal = Journal(aside, key)
-    for file in aside.iterdir():
-        if file.name not in journal.finished and file.name != JOURNAL:
-            shutil.rmtree(file) if file.is_dir() else file.unlink()
+def _write(job: _Job, plan: Plan, aside: Path, journal: Journal, check: _BaseCheck) -> None:
+    """Weights and what travels with them."""
     if journal.finished:
         report(f"going on after {len(journal.finished)} of {len(plan.files)} files")
     if _is_copy(job, plan):
@@ -307,7 +312,6 @@ def _write(job: _Job, plan: Plan, aside: Path, key: str, check: _BaseCheck) -> J
     check.wait()
     _write_small_files(job, plan, aside)
     report(f"merged: {len(plan.changed)} tensors changed, {len(plan.files)} weight files")
-    return journal
 
 
 def _is_copy(job: _Job, plan: Plan) -> bool:
@@ -325,8 +329,10 @@ def _link_files(job: _Job, plan: Plan, aside: Path, journal: Journal) -> None:
             continue
         source = job.source / file.name
         try:
+            if source.stat().st_uid != os.geteuid():  # a link's mode could not be set
+                raise PermissionError
             os.link(source, aside / file.name)
-        except OSError:  # another file system, or one without links
+        except OSError:  # another owner or file system, or one without links
             shutil.copyfile(source, aside / file.name)
             with (aside / file.name).open("rb") as copied:
                 os.fsync(copied.fileno())
@@ -402,8 +408,8 @@ def _write_card(job: _Job, aside: Path, name: str, facts: dict[str, Any]) -> Non
     trust = ", trust_remote_code=True" if job.base.trusts_code else ""
     code = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{name}"{trust})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})\n'
+        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}{trust})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)}{trust})\n"
     )
     text = card(job.base, job.adapters[0], facts, code=code)
     (aside / "README.md").write_text(text, encoding="utf-8")
@@ -425,7 +431,3 @@ def _scores(report_dir: Path | None, adapter: Artifact) -> dict[str, Any]:
         "test rows": result["rows"],
         "gate": verdict,
     }
-
-
-def _proof_rows(proof: Proof) -> dict[str, Any]:
-    return {"merge proof": proof.sentence()}

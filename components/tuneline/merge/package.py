@@ -90,9 +90,9 @@ def loading_code(
         )  # fmt: skip
         return (
             "from tuneline.merge.package import load_packaged\n"
-            f'model, tokenizer = load_packaged("{name}", base_model="{reference}")\n'
+            f"model, tokenizer = load_packaged({_quoted(name)}, base_model={_quoted(reference)})\n"
         )
-    revision = f', revision="{base.revision}"' if base.revision else ""
+    revision = f", revision={_quoted(base.revision)}" if base.revision else ""
     lines = ["from peft import PeftModel"]
     options = ""
     if quantization is None:
@@ -106,11 +106,16 @@ def loading_code(
         )
         options = ", quantization_config=four_bit"
     lines += [
-        f'base = AutoModelForCausalLM.from_pretrained("{base.name}"{revision}{options})',
-        f'model = PeftModel.from_pretrained(base, "{name}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f"base = AutoModelForCausalLM.from_pretrained({_quoted(base.name)}{revision}{options})",
+        f"model = PeftModel.from_pretrained(base, {_quoted(name)})",
+        f"tokenizer = AutoTokenizer.from_pretrained({_quoted(name)})",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """A Python literal: what names a folder does not become code."""
+    return json.dumps(text)
 
 
 def _needs_tuneline(base: BaseModel) -> bool:

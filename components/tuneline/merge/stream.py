@@ -11,12 +11,15 @@ journal, so that a merge that was killed goes on after the last noted file.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 JOURNAL: Final = "merge.journal"
+_LOCK: Final = "merge.lock"
 _CHUNK_ELEMENTS: Final = 1 << 20
 """Of work at a time: 4 MB in fp32, which stays in the CPU's cache."""
 _CHUNK_BYTES: Final = 4 << 20
@@ -40,11 +44,29 @@ _SYNC_BYTES: Final = 128 << 20
 
 
 class Journal:
-    """Which files of an output are finished, kept beside them."""
+    """Which files of an output are finished, kept beside them.
+
+    It is one process's at a time: a pod that was taken for lost may still be writing.
+
+    Args:
+        folder: of the output.
+        key: of the merge; the notes of another are forgotten, and its files removed.
+
+    Raises:
+        BlockingIOError: another process is merging into this folder.
+    """
 
     def __init__(self, folder: Path, key: str) -> None:
         self._path = folder / JOURNAL
         self._key = key
+        self._lock = (folder / _LOCK).open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise BlockingIOError(
+                f"another process is merging into {folder}: wait until it ends, or stop it"
+            ) from error
         self.finished: dict[str, FileEntry] = {}
         if self.belongs(folder, key):
             lines = self._path.read_text(encoding="utf-8").splitlines()[1:]
@@ -57,6 +79,9 @@ class Journal:
                     "size_bytes"
                 ]:
                     self.finished[name] = FileEntry(**entry)
+        for file in folder.iterdir():
+            if file.name not in (*self.finished, JOURNAL, _LOCK):
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
         self._rewrite()
 
     @staticmethod
@@ -76,9 +101,16 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def close(self) -> None:
+    def complete(self) -> None:
         """The output is complete: no journal is needed."""
         self._path.unlink()
+        self._path.with_name(_LOCK).unlink()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
 
     def _rewrite(self) -> None:
         lines = [json.dumps({"name": n, **asdict(e)}) for n, e in self.finished.items()]
@@ -192,17 +224,32 @@ def _stream(tensor: PlannedTensor, sink: _Sink, sources: _Sources) -> None:
     own = torch_dtype(stored)
     width = math.prod(shape[1:])
     step = max(1, _CHUNK_ELEMENTS // max(1, width))
-    for first in range(0, shape[0], step):
-        count = min(step, shape[0] - first)
-        rows = sources.rows(count * width)
-        if change is None or not change.replaces:
-            raw = sources.raw(count * width * own.itemsize)
-            read_into(descriptor, raw, stored, first * width * own.itemsize)
-            rows.copy_(raw.view(own))
-        rows = rows.view(count, *shape[1:])
-        if change is not None:
-            rows = change.apply(rows, first)
-        sink.write_as(rows, dtype, tensor.name)
+    with _one_thread():
+        for first in range(0, shape[0], step):
+            count = min(step, shape[0] - first)
+            rows = sources.rows(count * width)
+            if change is None or not change.replaces:
+                raw = sources.raw(count * width * own.itemsize)
+                read_into(descriptor, raw, stored, first * width * own.itemsize)
+                rows.copy_(raw.view(own))
+            rows = rows.view(count, *shape[1:])
+            if change is not None:
+                rows = change.apply(rows, first)
+            sink.write_as(rows, dtype, tensor.name)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # torch's threads wait for each other after every operation on a chunk, which took three times
+    # as long on two cores that also hash and write
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Sources:

@@ -166,7 +166,7 @@ def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
     with safe_open(f"{folder}/adapter_model.safetensors", "pt") as tensors:
         key = f"base_model.model.{name}.weight"
         rows = tensors.get_slice(key).get_shape()[0] if key in tensors.keys() else None  # noqa: SIM118  not a dict
-    if rows is not None and rows != model.config.vocab_size:
+    if rows is not None and rows != embedding.get_parameter("weight").shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
     without_weights = any(p.numel() > 1 and not any(p.stride()) for p in model.parameters())
     if not without_weights:
