@@ -12,11 +12,13 @@ names the digest to write there.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -108,6 +110,52 @@ def resolve(reference: str, *, digest: str | None = None) -> BaseModel:
     if reference != DEMO and not revision:
         reference = path.resolve().name
     return BaseModel(path, reference, revision, digest or digest_of_model(path, code), code)
+
+
+def remember(base: BaseModel) -> None:
+    """Note in the cache where a base lies, for what names it by its digest only.
+
+    A manifest does not say where a folder lies; a package that stands on one is found again with
+    this note, on a machine that has the same cache. A cache that can't be written is no fault.
+    """
+    place = _place(base.digest)
+    with contextlib.suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        aside = place.with_name(f"{place.name}.{os.getpid()}")
+        aside.write_text(str(base.path.resolve()) + "\n", encoding="utf-8")
+        aside.rename(place)
+
+
+def resolve_again(identity: Mapping[str, str]) -> BaseModel:
+    """The base that a manifest names, by its reference or where this cache has it noted.
+
+    Args:
+        identity: as `BaseModel.identity` gave it.
+
+    Raises:
+        ModelError: it is not to be found, or is another than it was.
+    """
+    reference, code = identity["reference"], identity.get("code", "")
+    if reference != DEMO and not reference.startswith(HUB_SCHEME):
+        try:
+            folder = _place(identity["digest"]).read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise ModelError(
+                f"base model '{reference}' ({identity['digest'][:19]}) is a local folder that "
+                "this machine's cache has no note of: name its folder as base_model"
+            ) from error
+        reference = folder
+    found = resolve(f"{reference}{CODE_PIN}{code}" if code else reference)
+    if found.digest != identity["digest"]:
+        raise ModelError(
+            f"base model '{reference}' has digest {found.digest[:19]}, not "
+            f"{identity['digest'][:19]}: its files have changed; name the former ones as base_model"
+        )
+    return found
+
+
+def _place(digest: str) -> Path:
+    return cache_dir() / "places" / digest.removeprefix("sha256:")
 
 
 def _check_code(path: Path, reference: str, pinned: str) -> None:

@@ -339,8 +339,8 @@ def check_form(settings: MethodSettings, form: str, *, source: str) -> None:
         raise RecipeError(
             source,
             [
-                f"export.form: merged is not possible with method {method.name}, which {hindrance}: "
-                f"use auto or packaged, or a method that merges ({', '.join(able)})"
+                f"export.form: merged is not possible with method {method.name}, which "
+                f"{hindrance}: use auto or packaged, or a method that merges ({', '.join(able)})"
             ],
         )
 

@@ -128,12 +128,14 @@ def final_table(summary: dict[str, Any]) -> str:
         ("registered", f"{version}, alias {summary['alias']}" if summary["alias"]
                        else f"{version}, not promoted: {refused}"),
         ("merge proof", f"largest logit difference {summary['merge_max_logit_diff']:.1e}, top-1 "
-                        f"agreement {summary['merge_top1_agreement']:.4f}"),
+                        f"agreement {summary['merge_top1_agreement']:.4f}")
+        if summary["form"] == "merged" else ("packaged", summary["not_merged"]),
         ("time, memory", f"{minutes(summary['wall_seconds'])} min, peak "
                          f"{summary['peak_memory_bytes'] / 1e9:.1f} GB"),
         ("report", summary["report_html"]),
         ("adapter", summary["adapter_dir"]),
-        ("merged model", summary["merged_dir"]),
+        ("merged model", summary["merged_dir"]) if summary["form"] == "merged"
+        else ("package", summary["packaged_dir"]),
         ("MLflow UI", f"{shlex.quote(sys.executable)} -m mlflow ui --backend-store-uri "
                       f"{shlex.quote(summary['tracking_uri'])}"
                       if summary["tracking_uri"].startswith("sqlite:") else "on your server"),

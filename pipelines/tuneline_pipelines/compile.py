@@ -8,7 +8,7 @@ from tuneline.errors import UsageError
 
 
 def compile_pipelines(out: Path) -> list[Path]:
-    """Write one YAML package per method that a whole run can end with.
+    """Write one YAML package per method.
 
     Raises:
         UsageError: the folder can't be written.
@@ -16,12 +16,10 @@ def compile_pipelines(out: Path) -> list[Path]:
     from kfp.compiler import Compiler
 
     from tuneline.finetune.methods import METHODS
-    from tuneline.recipe import why_not_mergeable
     from tuneline_pipelines import finetune, resources
 
     written = []
-    methods = [m for m in METHODS if not why_not_mergeable(m.config_class())]
-    for pipeline in (finetune.build(resources.on_cluster, method) for method in methods):
+    for pipeline in (finetune.build(resources.on_cluster, method) for method in METHODS):
         path = out / f"{pipeline.name}.yaml"
         aside = out / f"{pipeline.name}.partial.yaml"
         try:

@@ -20,7 +20,6 @@ from tuneline.finetune.component import finetune
 from tuneline.finetune.methods import Method
 from tuneline.generated import parameters_of
 from tuneline.merge.component import merge
-from tuneline.recipe import check_mergeable
 from tuneline.register.component import promote, register
 from tuneline_pipelines.resources import Place
 
@@ -41,11 +40,7 @@ def build(place: Place, method: Method) -> dsl.base_component.BaseComponent:
     Args:
         place: gives a task what it needs.
         method: whose hyperparameters become parameters.
-
-    Raises:
-        RecipeError: the method can't be merged.
     """
-    check_mergeable(method.config_class(), source=f"pipeline finetune-{method.name}")
     check_recipe_of_method, finetune_with_method = check_recipe(method), finetune(method)
     hyperparameters = [parameter.name for parameter in parameters_of(method)]
 
@@ -75,14 +70,16 @@ def build(place: Place, method: Method) -> dsl.base_component.BaseComponent:
             gate=given["gate"],
             registry=given["registry"],
         )
-        # merging waits for the evaluation: a model is never registered before it is evaluated
+        # merging takes the report: a model is never registered before it is evaluated
         merged = merge(
             run_id=run_id,
             experiment=experiment,
             base_model=base_model,
             adapter=tuned.outputs["adapter"],
+            dataset=prepared.outputs["dataset"],
+            eval_report=evaluated.outputs["eval_report"],
             export=given["export"],
-        ).after(evaluated)
+        )
         registered = register(
             run_id=run_id,
             experiment=experiment,

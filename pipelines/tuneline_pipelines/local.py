@@ -222,7 +222,7 @@ def summarize(
 
     report = artifacts.load(Path(outputs["eval_report"].path), "eval_report")
     # the register step has verified every byte of the model; here only its proof is read
-    proof = json.loads((Path(outputs["model"].path) / "proof.json").read_text(encoding="utf-8"))
+    exported = _exported(Path(outputs["model"].path))
     result = report.read_json("report.json")
     own_peak = peak_memory_bytes()
     return {
@@ -236,11 +236,9 @@ def summarize(
         "model_name": model_name,
         "registered_version": int(outputs["version"]),
         "alias": outputs["alias"],
-        "merge_max_logit_diff": proof["max_logit_diff"],
-        "merge_top1_agreement": proof["top1_agreement"],
+        **exported,
         "samples": result["samples"],
         "adapter_dir": outputs["adapter"].path,
-        "merged_dir": outputs["model"].path,
         "report_html": str(report.path / "report.html"),
         "tracking_uri": safe_uri(),
         "workdir": str(workdir),
@@ -248,4 +246,25 @@ def summarize(
         "wall_seconds": wall_seconds,
         # steps run one after the other, beside this process
         "peak_memory_bytes": own_peak + max(step["peak_memory_bytes"] for step in steps),
+    }
+
+
+def _exported(model: Path) -> dict[str, Any]:
+    """In which form the model leaves, with the proof of a merge or the reason against it."""
+
+    def read(name: str) -> dict[str, Any]:
+        return json.loads((model / name).read_text(encoding="utf-8"))
+
+    if (model / "loader.json").exists():
+        reason = read("loader.json")["not_merged"]
+        return {"form": "packaged", "not_merged": reason, "packaged_dir": str(model)}
+    proof = read("proof.json")
+    return {
+        "form": "merged",
+        "merged_dir": str(model),
+        "merge_reference": proof["reference"],
+        **{
+            f"merge_{name}": proof[name]
+            for name in ("max_logit_diff", "mean_kl", "top1_agreement", "tuned_loss", "merged_loss")
+        },
     }

@@ -419,7 +419,7 @@ def test_merged_weights_are_refused_at_the_start_where_a_run_may_not_end_in_them
     }
     assert recipe.resolve(values).export.form == "auto"
     with pytest.raises(
-        RecipeError, match=f"{reason}.*use auto or packaged, or.*\(full, lora, qlora, ia3, bitfit"
+        RecipeError, match=f"{reason}.*use auto or packaged, or.*\\(full, lora, qlora, ia3, bitfit"
     ):
         recipe.resolve(values | {"export": {"form": "merged"}})
 

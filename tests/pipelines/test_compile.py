@@ -6,13 +6,9 @@ import pytest
 import yaml
 from kfp.components import load_component_from_file
 
-from tuneline.errors import RecipeError
 from tuneline.finetune.methods import METHODS
-from tuneline.recipe import why_not_mergeable
-from tuneline_pipelines import finetune, resources
 from tuneline_pipelines.compile import compile_pipelines
 
-COMPILED = [m for m in METHODS if not why_not_mergeable(m.config_class())]
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
@@ -36,7 +32,7 @@ def test_the_package_is_the_golden_one(packages: list[Path], pytestconfig: pytes
 
 def test_kfp_parses_the_package(packages: list[Path]) -> None:
     assert [load_component_from_file(str(package)).name for package in packages] == [
-        f"finetune-{method.name.replace('_', '-')}" for method in COMPILED
+        f"finetune-{method.name.replace('_', '-')}" for method in METHODS
     ]
 
 
@@ -65,7 +61,7 @@ def test_no_model_is_registered_before_it_is_evaluated(packages: list[Path]) -> 
 
 def test_the_run_form_shows_the_methods_own_hyperparameters(packages: list[Path]) -> None:
     types = {"rank": "NUMBER_INTEGER", "alpha": "NUMBER_DOUBLE", "target_modules": "LIST"}
-    for method, package in zip(COMPILED, packages, strict=True):
+    for method, package in zip(METHODS, packages, strict=True):
         spec = documents(package)[0]
         inputs = spec["root"]["inputDefinitions"]["parameters"]
         defaults = method.config_class().model_dump(mode="json")
@@ -76,12 +72,3 @@ def test_the_run_form_shows_the_methods_own_hyperparameters(packages: list[Path]
             assert inputs[name].get("defaultValue", value) == value, name
             assert inputs[name]["parameterType"] == types.get(name, inputs[name]["parameterType"])
             assert name in component["inputDefinitions"]["parameters"]
-
-
-def test_a_method_that_does_not_merge_is_refused_at_compile_time() -> None:
-    refused = {method.name for method in METHODS} - {method.name for method in COMPILED}
-    assert refused == {"qlora", "bottleneck", "prompt_tuning"}
-    for method in METHODS:
-        if method.name in refused:
-            with pytest.raises(RecipeError, match=f"method {method.name} .* registers merged"):
-                finetune.build(resources.on_cluster, method)

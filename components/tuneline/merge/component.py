@@ -1,4 +1,4 @@
-"""KFP component: base + Adapter -> MergedModel."""
+"""KFP component: base + Adapter -> MergedModel, or a package of both where it can't be merged."""
 
 from kfp import dsl
 
@@ -11,6 +11,8 @@ def merge(
     experiment: str,
     base_model: str,
     adapter: dsl.Input[dsl.Model],
+    dataset: dsl.Input[dsl.Dataset],
+    eval_report: dsl.Input[dsl.Artifact],
     export: dict,
     model: dsl.Output[dsl.Model],
 ):
@@ -21,6 +23,8 @@ def merge(
         steps.merge,
         base_model=base_model,
         adapter=adapter.path,
+        dataset=dataset.path,
+        eval_report=eval_report.path,
         export=export,
         output=model.path,
         run_id=run_id,

@@ -400,6 +400,7 @@ def _package(
             base_model=base.identity(),
             inputs=_inputs(job),
         )
+    base_model.remember(base)
     report(f"packaged as base reference and adapter; {reason}")
     return Artifact(output, manifest)
 

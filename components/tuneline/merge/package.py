@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -32,6 +33,8 @@ _PACKAGES: Final = {
     "peft with tuneline": ("torch", "transformers", "peft", "safetensors", "tuneline"),
 }
 _OF_THE_TOKENIZER: Final = ("token", "vocab", "merges", "chat_template", "special", "LICENSE")
+_LONGEST_ANSWER: Final = 1024
+"""Tokens, where a caller of the served model names no `max_new_tokens`."""
 
 
 def write_package(
@@ -59,6 +62,10 @@ def write_package(
         wanted = file.name.startswith(_OF_THE_TOKENIZER) and file.suffix != ".safetensors"
         if wanted and file.is_file() and not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
+    if base.trusts_code:
+        for file in base.path.rglob("*.py"):
+            (folder / file.relative_to(base.path)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / file.relative_to(base.path))
     quantization = settings.quantization
     text = json.dumps(
         {
@@ -124,24 +131,68 @@ def _needs_tuneline(base: BaseModel) -> bool:
 
 
 def load_packaged(
-    folder: str | Path, *, base_model: str
+    folder: str | Path, *, base_model: str = ""
 ) -> tuple[PeftModel | PreTrainedModel, Any]:
     """The model and tokenizer of a packaged artifact, verified, on the base that it names.
 
     Args:
         folder: of kind `packaged_model`.
-        base_model: where its base is; another than the adapter was trained on is refused.
+        base_model: where its base is; another than the adapter was trained on is refused. Empty:
+            as the package names it, or where this machine's cache has it noted.
 
     Raises:
         ArtifactError: the folder is damaged, or the base is another.
         ModelError: the base can't be loaded.
     """
-    from tuneline.base_model import resolve
+    from tuneline.base_model import digest_of_code, resolve, resolve_again
     from tuneline.evaluate.evaluate import check_lineage
     from tuneline.finetune.load import load_tuned
 
     packaged = artifacts.load(Path(folder), "packaged_model")
-    base = resolve(base_model)
+    base = resolve(base_model) if base_model else resolve_again(packaged.manifest.base_model)
     check_lineage(packaged, base, None)
-    tokenizer = load_tokenizer(str(folder), trust_code=base.trusts_code)
+    trusted = base.trusts_code and digest_of_code(packaged.path) == base.code
+    tokenizer = load_tokenizer(str(folder), trust_code=trusted)
     return load_tuned(base, packaged).eval(), tokenizer
+
+
+class Served:
+    """A packaged model behind MLflow's `python_function`: questions in, answers out."""
+
+    def __init__(self, folder: str, base_model: str = "") -> None:
+        self._model, self._tokenizer = load_packaged(folder, base_model=base_model)
+
+    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> list[str]:
+        """Greedy answers.
+
+        Args:
+            model_input: a text, a list of texts, or a data frame whose first column has them;
+                each is what a user says.
+            params: `max_new_tokens` of each answer.
+        """
+        from tuneline.evaluate.generate import generate_answers
+
+        if hasattr(model_input, "iloc"):
+            model_input = model_input.iloc[:, 0].tolist()
+        questions = [model_input] if isinstance(model_input, str) else list(model_input)
+        prompts = [
+            self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+            )
+            for question in questions
+        ]
+        return generate_answers(
+            self._model,
+            self._tokenizer,
+            prompts,
+            batch_size=8,
+            max_new_tokens=int((params or {}).get("max_new_tokens", _LONGEST_ANSWER)),
+            on_batch=lambda done, total, seconds: None,
+        )
+
+
+def _load_pyfunc(  # pyright: ignore[reportUnusedFunction]  # the name that MLflow calls
+    path: str, model_config: Mapping[str, Any] | None = None
+) -> Served:
+    # MLflow's caller may say in model_config where the base is
+    return Served(path, base_model=str((model_config or {}).get("base_model", "")))

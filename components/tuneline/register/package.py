@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Final
 from tuneline import artifacts
 from tuneline.artifacts import MANIFEST, Artifact, Kind, digest_of, digest_of_file
 from tuneline.errors import ArtifactError, RegistryError
+from tuneline.register import packaged
 
 if TYPE_CHECKING:
     from mlflow.models import Model
@@ -48,6 +49,8 @@ class Package:
     """Adds flavors to the MLmodel, and to the folder what they need beside `model/`."""
     check_loads: Callable[[Path], None]
     """Loads `model/` and runs it. Raises RegistryError or ModelError if it can't."""
+    requirements: Callable[[Artifact], dict[str, str]]
+    """What a process needs that loads it: distribution to version."""
 
 
 def _add_transformers(model: Artifact, folder: Path, mlmodel: Model) -> None:
@@ -94,7 +97,17 @@ def _check_merged_loads(folder: Path) -> None:
         raise RegistryError("its logits are not finite")
 
 
-PACKAGES: Final = (Package("merged_model", _add_transformers, _check_merged_loads),)
+def _requirements(model: Artifact) -> dict[str, str]:
+    del model
+    return {name: version(name) for name in _REQUIREMENTS}
+
+
+PACKAGES: Final = (
+    Package("merged_model", _add_transformers, _check_merged_loads, _requirements),
+    Package(
+        "packaged_model", packaged.add_flavors, packaged.check_loads, packaged.requirements
+    ),
+)
 
 
 def package_of(folder: Path) -> Package:
@@ -149,8 +162,8 @@ def lay_out(
     )
     package.add_flavors(model, folder, mlmodel)
     mlmodel.save(str(folder / "MLmodel"))
-    pinned = "".join(f"{name}=={version(name)}\n" for name in _REQUIREMENTS)
-    (folder / "requirements.txt").write_text(pinned)
+    needed = package.requirements(model).items()
+    (folder / "requirements.txt").write_text("".join(f"{k}=={v}\n" for k, v in needed))
     (folder / "python_env.yaml").write_text(
         json.dumps({"python": platform.python_version(), "dependencies": ["-r requirements.txt"]})
     )

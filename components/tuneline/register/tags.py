@@ -56,6 +56,7 @@ def describe(model: Artifact, evaluation: Artifact) -> dict[str, str]:
         f"{TAG}base_model_revision": base["revision"],
         f"{TAG}base_model_digest": base["digest"],
         f"{TAG}method": model.manifest.config["method"]["name"],
+        f"{TAG}form": model.manifest.kind.removesuffix("_model"),
         f"{TAG}tuneline_version": model.manifest.tuneline_version,
         GATE: "passed" if result["verdict"]["passed"] else "refused",
         GATE_REASONS: "; ".join(result["verdict"]["reasons"]),
@@ -77,5 +78,6 @@ def describe(model: Artifact, evaluation: Artifact) -> dict[str, str]:
     if model.manifest.kind == "merged_model":
         proof = model.read_json("proof.json")
         values[f"{TAG}merge_max_logit_diff"] = f"{proof['max_logit_diff']:.2e}"
+        values[f"{TAG}merge_mean_kl"] = f"{proof['mean_kl']:.2e}"
         values[f"{TAG}merge_top1_agreement"] = f"{proof['top1_agreement']:.4f}"
     return {key: value[:_VALUE_LENGTH] for key, value in values.items()}
