@@ -328,9 +328,18 @@ def check_form(settings: MethodSettings, form: str, *, source: str) -> None:
     """Refuse an export that the method has no form for, before it costs anything.
 
     Raises:
-        RecipeError: merged weights are asked for, and the method can't promise them.
+        RecipeError: merged weights are asked for, and the method can't promise them; or a package,
+            and there is no adapter to put into it.
     """
     method = method_of(settings)
+    if form == "packaged" and method.stored_as == "model":
+        raise RecipeError(
+            source,
+            [
+                f"export.form: packaged is not possible with method {method.name}, whose result is "
+                "a whole model and no adapter: use auto or merged"
+            ],
+        )
     hindrance = settings.merge_hindrance
     if not method.mergeable:
         hindrance = "makes a change that has no equal form in the base's weights"

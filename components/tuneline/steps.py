@@ -203,7 +203,7 @@ def merge(
 
     section = recipe.check(recipe.ExportSection, export, source="export")
     with _step("merge", run_id, experiment, _TORCH) as step:
-        merge_adapter(
+        model = merge_adapter(
             base_model,
             Path(adapter),
             section,
@@ -213,6 +213,12 @@ def merge(
             dataset_dir=Path(dataset) if dataset else None,
             report_dir=Path(eval_report) if eval_report else None,
         )
+        try:
+            for name in ("README.md", "proof.json", "loader.json"):
+                if (model.path / name).exists():
+                    step.log_file(model.path / name)
+        except RegistryError as error:  # the model is there; a retry would merge it again
+            report(f"warning: the merge's card and proof are not in MLflow: {error}")
 
 
 def register(

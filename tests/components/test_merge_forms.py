@@ -76,7 +76,8 @@ def run(base: Path, adapter: Artifact, output: Path, *also: Artifact, **values: 
 PACKAGED = [
     {"name": "prompt_tuning", "num_virtual_tokens": 4},
     {"name": "prompt_tuning", "num_virtual_tokens": 4, "load_in_4bit": True},
-    {"name": "bitfit"},
+    {"name": "bottleneck", "bottleneck_dim": 8},
+    {"name": "bitfit", "missing_biases": "add"},
     {"name": "lora", "export": "packaged"},
     {"name": "qlora", "export": "packaged"},
 ]
@@ -124,8 +125,8 @@ def test_what_is_not_merged_is_packaged_and_its_card_loads_it(
 def test_a_package_is_not_loaded_on_another_base(tiny_model: Path, tmp_path: Path) -> None:
     import shutil
 
-    adapter = moved(tiny_model, tmp_path / "adapter", name="bitfit")
-    model = run(tiny_model, adapter, tmp_path / "out")
+    adapter = moved(tiny_model, tmp_path / "adapter")
+    model = run(tiny_model, adapter, tmp_path / "out", form="packaged")
     other = shutil.copytree(tiny_model, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
@@ -136,9 +137,13 @@ def test_a_package_is_not_loaded_on_another_base(tiny_model: Path, tmp_path: Pat
 def test_merging_what_can_not_be_is_refused_when_it_was_asked_for(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    biases = moved(tiny_model, tmp_path / "bitfit", name="bitfit")
-    with pytest.raises(MergeError, match=r"the base's files have no tensor .*\.bias"):
+    biases = moved(tiny_model, tmp_path / "bitfit", name="bitfit", missing_biases="add")
+    with pytest.raises(RecipeError, match="method bitfit, which may add biases"):
         run(tiny_model, biases, tmp_path / "out", form="merged")
+    assert (
+        "no tensor model.layers."
+        in run(tiny_model, biases, tmp_path / "packed").read_json("loader.json")["not_merged"]
+    )
     prompt = moved(tiny_model, tmp_path / "prompt", name="prompt_tuning")
     with pytest.raises(RecipeError, match="merged is not possible with method prompt_tuning"):
         run(tiny_model, prompt, tmp_path / "out", form="merged")

@@ -15,8 +15,12 @@ def merge(
     eval_report: dsl.Input[dsl.Artifact],
     export: dict,
     model: dsl.Output[dsl.Model],
+    card: dsl.Output[dsl.Markdown],
 ):
     """Merge the adapter into the base's weights and prove that nothing was lost."""
+    import shutil
+    from pathlib import Path
+
     from tuneline import steps
 
     steps.guard(
@@ -30,3 +34,4 @@ def merge(
         run_id=run_id,
         experiment=experiment,
     )
+    shutil.copyfile(Path(model.path) / "README.md", card.path)

@@ -29,8 +29,9 @@ from tuneline.finetune.methods import Method
 from tuneline.finetune.methods.method import MethodSettings, Quantization, TensorChange
 from tuneline.finetune.methods.structure import output_layer
 from tuneline.merge.plan import Plan, PlannedTensor
-from tuneline.merge.stored import StoredTensor, read_model, read_tensor
+from tuneline.merge.stored import StoredTensor, read_model, read_tensor, same_bytes
 from tuneline.merge.streamed import Weights, plain_name, streamed
+from tuneline.progress import tick
 
 if TYPE_CHECKING:
     import torch
@@ -184,6 +185,7 @@ def prove(
     dtype = dtype_of(plan)
     limits = _LIMITS[dtype]
     tokens = _tokens(subject, dataset)
+    tick("proof: computing base and tuned model, comparing tensors")
     with warnings.catch_warnings():
         # peft speaks of layers that it finds unusual; what counts is shown below
         warnings.simplefilter("ignore")
@@ -192,6 +194,7 @@ def prove(
     change = float((expected[:, :known] - untuned).abs().mean())
     del untuned
     trust_code = subject.base.trusts_code
+    tick("proof: computing the merged model")
     if dtype == "nf4":
         actual = _logits(load_base(merged, trust_code=trust_code, dtype=torch.float32), tokens)
     else:
@@ -513,6 +516,13 @@ def _compare_merged(
         weights = Weights(skeleton, subject.base.path)
     except KeyError:
         return []  # names differ between files and memory: the logits have to do
+    written = read_model(merged).tensors
+    carried = {
+        tensor.name: written[tensor.name]
+        for file in plan.files
+        for tensor in file.tensors
+        if tensor.is_carried
+    }
     own_names = {weights.stored(name).name: name for name in reversed(list(weights))}
     merging: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {}
     if subject.combined is None:
@@ -521,6 +531,11 @@ def _compare_merged(
     for name, stored in read_merged(merged, plan):
         own = own_names.get(name)
         if own is None:
+            continue
+        # PEFT says what the adapter changes, not the plan, which may be what is wrong
+        if name in carried and own not in merging and own not in (subject.combined or ()):
+            same = same_bytes(weights.stored(own), carried[name])
+            compared.append(_Tensor(name, 0.0 if same else math.inf, 0.0))
             continue
         base = read(own, weights[own])
         if subject.combined is not None:

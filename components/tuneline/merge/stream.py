@@ -11,6 +11,7 @@ journal, so that a merge that was killed goes on after the last noted file.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -67,6 +68,9 @@ class Journal:
             raise BlockingIOError(
                 f"another process is merging into {folder}: wait until it ends, or stop it"
             ) from error
+        except OSError as error:  # some network file systems have no locks
+            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+                raise
         self.finished: dict[str, FileEntry] = {}
         if self.belongs(folder, key):
             lines = self._path.read_text(encoding="utf-8").splitlines()[1:]
