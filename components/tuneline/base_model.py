@@ -1,4 +1,4 @@
-"""Where a base model comes from: `demo`, a local folder, or `hf://org/name@revision`.
+"""Where a base model comes from: `demo`, a local folder, `hf://org/name@commit`, `s3://bucket/prefix`.
 
 Whatever the source, the result is a local folder of safetensors weights and an identity that goes
 into every manifest: for a hub model the pinned commit, for a folder the SHA-256 of what decides
@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tuneline import object_store
 from tuneline.artifacts import MANIFEST, digest_of, digest_of_file
 from tuneline.errors import ModelError
 
@@ -29,6 +30,7 @@ DEMO = "demo"
 HUB_SCHEME = "hf://"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FROM_HUB = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*")
+_FROM_STORE = (*_FROM_HUB, "*.md", "*.py")
 CODE_PIN = "#code="
 _SMALL = (".json", ".jinja", ".model", ".txt", ".md", ".py", "")
 """Suffixes of what travels with weights. Weights in any other format would travel along without
@@ -83,7 +85,7 @@ def resolve(reference: str, *, digest: str | None = None) -> BaseModel:
     """Find a base model and bring it to local disk.
 
     Args:
-        reference: `demo`, a local folder, or `hf://org/name@revision`.
+        reference: `demo`, a local folder, `hf://org/name@revision`, or `s3://bucket/prefix`.
         digest: for a caller that compares it with `digest_of_model` itself, beside other work;
             None: computed here.
 
@@ -98,18 +100,27 @@ def resolve(reference: str, *, digest: str | None = None) -> BaseModel:
         path, revision = converted_model(cache_dir()), ""
     elif reference.startswith(HUB_SCHEME):
         path, revision = _from_hub(reference, with_code=bool(code))
+    elif object_store.is_remote(reference):
+        path, revision = object_store.fetch_folder(reference, cache_dir() / "s3", _FROM_STORE), ""
     else:
         path, revision = Path(reference).expanduser(), ""
         if not path.is_dir():
             raise ModelError(
                 f"base model '{reference}' is no folder: give a local folder, "
-                f"{HUB_SCHEME}org/name@revision, or {DEMO}"
+                f"{HUB_SCHEME}org/name@revision, {object_store.SCHEME}bucket/prefix, or {DEMO}"
             )
     check_folder(path, reference)
     _check_code(path, reference, code)
-    if reference != DEMO and not revision:
+    if is_local(reference):
         reference = path.resolve().name
     return BaseModel(path, reference, revision, digest or digest_of_model(path, code), code)
+
+
+def is_local(reference: str) -> bool:
+    """Whether it names a folder of this machine."""
+    return not (
+        reference == DEMO or reference.startswith(HUB_SCHEME) or object_store.is_remote(reference)
+    )
 
 
 def remember(base: BaseModel) -> None:
@@ -136,7 +147,7 @@ def resolve_again(identity: Mapping[str, str]) -> BaseModel:
         ModelError: it is not to be found, or is another than it was.
     """
     reference, code = identity["reference"], identity.get("code", "")
-    if reference != DEMO and not reference.startswith(HUB_SCHEME):
+    if is_local(reference):
         try:
             folder = _place(identity["digest"]).read_text(encoding="utf-8").strip()
         except OSError as error:

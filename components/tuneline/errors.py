@@ -9,6 +9,7 @@
     |-- MethodError               1   the method does not fit the model
     |-- TrainingError             1   training can't go on
     |-- MergeError                1   merged weights are not what the adapter computes
+    |-- StorageError              1   object store
     `-- RegistryError             1   MLflow tracking or registry
         `-- ConflictError         1   another promotion was first
 
@@ -74,6 +75,10 @@ class TrainingError(TunelineError):
 
 class MergeError(TunelineError):
     """The adapter can't be merged, or the merged model computes something else."""
+
+
+class StorageError(TunelineError):
+    """An object store can't be reached, refuses, or holds something else."""
 
 
 class RegistryError(TunelineError):

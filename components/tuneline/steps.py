@@ -192,33 +192,44 @@ def merge(
         base_model: what the adapter was trained on.
         adapter: an Adapter.
         export: values of the recipe's section.
-        output: folder to write.
+        output: folder to write, or `s3://bucket/prefix`.
         run_id: of the pipeline run.
         experiment: of the run.
         also: more Adapters, combined with the first.
         dataset: the PreparedDataset, for a proof on its test split.
         eval_report: the adapter's EvalReport, for the model card.
     """
+    from tuneline import object_store
+    from tuneline.artifacts import MANIFEST, digest_of
     from tuneline.merge.merge import merge as merge_adapter
 
     section = recipe.check(recipe.ExportSection, export, source="export")
     with _step("merge", run_id, experiment, _TORCH) as step:
-        model = merge_adapter(
-            base_model,
-            Path(adapter),
-            section,
-            Path(output),
-            step,
-            also=[Path(path) for path in also],
-            dataset_dir=Path(dataset) if dataset else None,
-            report_dir=Path(eval_report) if eval_report else None,
-        )
-        try:
-            for name in ("README.md", "proof.json", "loader.json"):
-                if (model.path / name).exists():
-                    step.log_file(model.path / name)
-        except RegistryError as error:  # the model is there; a retry would merge it again
-            report(f"warning: the merge's card and proof are not in MLflow: {error}")
+
+        def write(folder: Path) -> None:
+            model = merge_adapter(
+                base_model,
+                Path(adapter),
+                section,
+                folder,
+                step,
+                also=[Path(path) for path in also],
+                dataset_dir=Path(dataset) if dataset else None,
+                report_dir=Path(eval_report) if eval_report else None,
+            )
+            try:
+                for name in ("README.md", "proof.json", "loader.json"):
+                    if (model.path / name).exists():
+                        step.log_file(model.path / name)
+            except RegistryError as error:  # the model is there; a retry would merge it again
+                report(f"warning: the merge's card and proof are not in MLflow: {error}")
+
+        if object_store.is_remote(output):
+            adapters = [(Path(p) / MANIFEST).read_text(encoding="utf-8") for p in (adapter, *also)]
+            key = digest_of([base_model, adapters, section.model_dump(mode="json")])
+            object_store.by_way_of(output, cache_dir() / "outgoing", key, write)
+        else:
+            write(Path(output))
 
 
 def register(

@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 _BASE_MODEL = {
     "required": True,
     "metavar": "M",
-    "help": "`demo`, a local model folder, or hf://org/name@commit",
+    "help": "`demo`, a local model folder, hf://org/name@commit, or s3://bucket/prefix",
 }
 _OUTPUT = {"required": True, "type": Path, "metavar": "DIR", "help": "new folder to write"}
 
@@ -247,7 +247,9 @@ def _add_merge(commands: Any) -> None:
     merge.add_argument("--data", metavar="DIR", help="its PreparedDataset, for the proof")
     merge.add_argument("--report", metavar="DIR", help="its EvalReport, for the model card")
     _add_set(merge, "key=value")
-    merge.add_argument("--output", **_OUTPUT)
+    merge.add_argument(
+        "--output", required=True, metavar="DIR", help="new folder to write, or s3://bucket/prefix"
+    )
     merge.set_defaults(command=_merge)
 
 
@@ -260,7 +262,7 @@ def _merge(options: argparse.Namespace) -> int:
         options.base_model,
         first,
         export,
-        str(options.output),
+        options.output,
         also=others,
         dataset=options.data or "",
         eval_report=options.report or "",
