@@ -404,11 +404,24 @@ def check_export(settings: MethodSettings, export: ExportSection, *, source: str
     """Refuse an export that would lose the tuning.
 
     Raises:
-        RecipeError: a change trained on a base in 4 bits is to go back into 4 bits.
+        RecipeError: a change trained on a base in 4 bits is to go back into 4 bits; or a package is
+            asked for, and settings that only merged weights have.
     """
+    if export.form == "packaged" and (unused := of_weights(export)):
+        raise RecipeError(
+            source,
+            [f"export.{name}: has no effect with form packaged, leave it out" for name in unused],
+        )
     inside = export.quantization == "nf4" and export.quantized_base == "dequantized"
     if inside and settings.quantization is not None and export.form != "packaged":
         raise RecipeError(source, [f"export.quantization: {_INSIDE_4_BITS}, got 'nf4'"])
+
+
+def of_weights(export: ExportSection) -> list[str]:
+    """Names of the settings that were changed and that only merged weights have."""
+    fields = ExportSection.model_fields
+    names = [name for name in fields if name != "form"]
+    return [name for name in names if getattr(export, name) != fields[name].default]
 
 
 def check(settings: type[T], values: Mapping[str, Any], *, source: str) -> T:

@@ -299,9 +299,13 @@ def stored_as(tiny_model: Path, folder: Path, dtype: torch.dtype, **options: Any
     return folder
 
 
-def adapter_on(base: Path, folder: Path, strength: float = 0.1, **options: Any) -> Artifact:
-    """LoRA on every linear layer of a folder's model."""
-    settings = recipe.method_settings({"name": "lora", "target_modules": ["all-linear"], **options})
+def adapter_on(
+    base: Path, folder: Path, strength: float = 0.1, method: str = "lora", **options: Any
+) -> Artifact:
+    """LoRA on every linear layer of a folder's model, or another method."""
+    if method == "lora":
+        options = {"target_modules": ["all-linear"], **options}
+    settings = recipe.method_settings({"name": method, **options})
     model, _, _ = attach(base_model.resolve(str(base)), method_of(settings), settings)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -309,6 +313,8 @@ def adapter_on(base: Path, folder: Path, strength: float = 0.1, **options: Any) 
             if parameter.requires_grad:
                 parameter.add_(strength * torch.randn_like(parameter))
     model.save_pretrained(str(folder))
+    if method == "full":
+        base_model.copy_small_files(base, folder)
     return seal(folder, str(base), settings.model_dump(mode="json"))
 
 
@@ -368,7 +374,7 @@ def soften(base: Path) -> None:
     for path in weight_files(base):
         weights = load_file(path)
         for name in weights:
-            if name.endswith("_proj.weight"):
+            if name.endswith(("_proj.weight", "c_attn.weight", "c_fc.weight")):
                 weights[name] *= 0.1
         save_file(weights, path, {"format": "pt"})
 
@@ -546,3 +552,31 @@ def test_a_weak_tuning_is_kept_or_refused_never_lost(
         run(str(base), adapter, tmp_path / "out")
     model = run(str(base), adapter, tmp_path / "out", dtype="fp32")
     assert model.read_json("proof.json")["lost_share"] < 0.1
+
+
+@pytest.mark.parametrize(
+    "values", [{"dtype": "bf16"}, {"quantized_base": "original", "max_shard_size_gb": 5e-5}]
+)
+def test_a_qlora_on_turned_layers_takes_every_export_choice(
+    values: dict[str, Any], make: Make, tmp_path: Path
+) -> None:
+    reference, adapter = make("gpt2", "qlora")
+    model = run(reference, adapter, tmp_path / "out", **values)
+    proof = model.read_json("proof.json")
+    assert proof["dtype"] == ("bfloat16" if "dtype" in values else "float32")
+    assert proof["tensors"] > 10 and logits(load_base(model.path)).isfinite().all()
+
+
+@pytest.mark.parametrize(("family", "name"), [("gpt2", "lora"), ("llama", "full")])
+def test_4_bits_of_turned_layers_and_of_full_weights(
+    family: str, name: str, gpt2: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(gpt2 if family == "gpt2" else tiny_model, tmp_path / "base")
+    soften(base)
+    adapter = adapter_on(base, tmp_path / "adapter", method=name, strength=0.02)
+    model = run(str(base), adapter, tmp_path / "out", quantization="nf4")
+    proof = model.read_json("proof.json")
+    assert proof["dtype"] == "nf4" and 0.01 < proof["worst_tensor_error"] < 0.15
+    loaded = AutoModelForCausalLM.from_pretrained(model.path)
+    packed = [p for p in loaded.parameters() if getattr(p, "quant_state", None) is not None]
+    assert len(packed) == (8 if family == "gpt2" else 14)

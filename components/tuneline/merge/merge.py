@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 from tuneline import __version__, artifacts, base_model
 from tuneline.artifacts import Artifact
 from tuneline.base_model import BaseModel
-from tuneline.errors import ArtifactError, MergeError
+from tuneline.errors import ArtifactError, MergeError, Terminated
 from tuneline.evaluate.evaluate import check_lineage
 from tuneline.finetune.load import bitsandbytes_config, compute_dtype, load_skeleton
 from tuneline.finetune.methods import METHODS, Method
@@ -36,7 +36,14 @@ from tuneline.merge.proof import Subject, prove
 from tuneline.merge.stored import FLOATS, read_file, read_model
 from tuneline.merge.stream import Journal, write_files
 from tuneline.progress import report, tick
-from tuneline.recipe import ExportSection, check_export, check_form, method_of, method_settings
+from tuneline.recipe import (
+    ExportSection,
+    check_export,
+    check_form,
+    method_of,
+    method_settings,
+    of_weights,
+)
 from tuneline.tracking import Step
 
 if TYPE_CHECKING:
@@ -146,7 +153,13 @@ def merge(
         artifacts.writing(output, resumes=lambda aside: Journal.belongs(aside, key)) as aside,
         Journal(aside, key) as journal,
     ):
-        _write(job, plan, aside, journal, check)
+        try:
+            _write(job, plan, aside, journal, check)
+        except Terminated as stopped:
+            raise Terminated(
+                f"{len(journal.finished)} of {len(plan.files)} files are finished and kept in "
+                f"{aside}; run it again to go on"
+            ) from stopped
         subject = Subject(
             base=base,
             adapter=adapter,
@@ -235,6 +248,7 @@ def plan_of(job: _Job, changes: Mapping[str, TensorChange]) -> Plan:
         embeddings=_embeddings(skeleton),
         four_bit=four_bit,
         through=job.through,
+        trained_on_4bit=job.settings.quantization is not None,
     )
 
 
@@ -401,6 +415,8 @@ def _package(
             inputs=_inputs(job),
         )
     base_model.remember(base)
+    if unused := of_weights(job.export):
+        report(f"export.{', export.'.join(unused)} has no effect on a package")
     report(f"packaged as base reference and adapter; {reason}")
     return Artifact(output, manifest)
 

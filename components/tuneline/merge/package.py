@@ -21,6 +21,7 @@ from tuneline.base_model import DEMO, BaseModel
 from tuneline.data_prep.chat import load_tokenizer
 from tuneline.finetune.methods.method import Quantization
 from tuneline.merge.model_card import card
+from tuneline.object_store import is_remote
 from tuneline.recipe import method_of, method_settings
 
 if TYPE_CHECKING:
@@ -126,8 +127,8 @@ def _quoted(text: str) -> str:
 
 
 def _needs_tuneline(base: BaseModel) -> bool:
-    # nobody else knows the demo's model, or checks the pin of a model's own code
-    return bool(base.code) or base.reference == DEMO
+    # nobody else knows the demo's model, reads a store, or checks the pin of a model's own code
+    return bool(base.code) or base.reference == DEMO or is_remote(base.reference)
 
 
 def load_packaged(

@@ -39,7 +39,10 @@ class PlannedTensor:
     through: Quantization | None = None
     """The base weight goes through 4 bits and back first."""
     turned: bool = False
-    """The change is of the weight as (outputs, inputs); the file has (inputs, outputs)."""
+    """The file has the weight of a linear layer as (inputs, outputs): Conv1D."""
+    change_turned: bool = False
+    """It is turned and the change is of (outputs, inputs): trained on 4 bits, where Conv1D is a
+    linear layer like others."""
     into: Quantization | None = None
     """Written in 4 bits."""
 
@@ -104,6 +107,7 @@ def plan_merge(
     embeddings: Embeddings,
     four_bit: Mapping[str, bool],
     through: Quantization | None = None,
+    trained_on_4bit: bool = False,
 ) -> Plan:
     """Decide every tensor's way.
 
@@ -114,6 +118,7 @@ def plan_merge(
         embeddings: of the model.
         four_bit: weights that are linear layers in 4 bits -> whether they are turned around.
         through: the base's weights of `four_bit` are taken as 4 bits represent them.
+        trained_on_4bit: the changes are of the layers that a base in 4 bits has.
 
     Raises:
         NoSuchTensorError: the base has no tensor that the adapter changes.
@@ -147,6 +152,7 @@ def plan_merge(
             through=through if linear else None,
             into=into if linear else None,
             turned=turned.get(tensor.name, False),
+            trained_on_4bit=trained_on_4bit,
         )
 
     files = [
@@ -209,6 +215,7 @@ def _planned(
     through: Quantization | None,
     into: Quantization | None,
     turned: bool,
+    trained_on_4bit: bool,
 ) -> PlannedTensor:
     if tensor.dtype not in FLOATS:
         if change is not None or through is not None:
@@ -217,7 +224,8 @@ def _planned(
                 f"can't be changed; these can: {', '.join(FLOATS)}. Use the base's own weights"
             )
         return PlannedTensor(tensor.name, tensor.dtype, tensor.shape, tensor)
-    shape = tensor.shape[::-1] if turned else tensor.shape
+    change_turned = turned and trained_on_4bit
+    shape = tensor.shape[::-1] if change_turned else tensor.shape
     if change is not None and not change.fits(shape):
         raise MergeError(
             f"{tensor.name}: base shape {shape} is not the adapter's {change.shape}: the adapter "
@@ -228,11 +236,12 @@ def _planned(
     return PlannedTensor(
         name=tensor.name,
         dtype=dtype,
-        shape=shape[::-1] if turned and into is None else shape,
+        shape=shape[::-1] if change_turned != (turned and into is not None) else shape,
         stored=tensor,
         change=change,
         through=through,
         turned=turned,
+        change_turned=change_turned,
         into=into,
     )
 

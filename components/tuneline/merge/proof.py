@@ -224,7 +224,7 @@ def prove(
         where = f"; worst tensor {worst.name}" if worst.name else ""
         raise MergeError(
             f"the merged model is not the tuned one (weights in {dtype}): {'; '.join(faults)}"
-            f"{where}; the adapter is kept. {_advice(proof)}"
+            f"{where}; the adapter is kept. {_advice(proof, subject)}"
         )
     return proof
 
@@ -252,12 +252,14 @@ def _faults(proof: Proof, limits: Limits) -> list[str]:
     return faults
 
 
-def _advice(proof: Proof) -> str:
+def _advice(proof: Proof, subject: Subject) -> str:
+    if proof.dtype == "nf4":
+        return "4 bits round away more than this model bears: export with quantization none"
+    packaged = subject.method.stored_as == "adapter"
     if proof.dtype == "float32":
-        return "Run the step again; if it fails again, export with form packaged"
-    return (
-        "Where the change is as small as the rounding, export.dtype fp32 keeps it; export.form "
-        "packaged always does"
+        return "Run the step again" + "; if it fails again, export with form packaged" * packaged
+    return "Where the change is as small as the rounding, export.dtype fp32 keeps it" + (
+        "; export.form packaged always does" * packaged
     )
 
 

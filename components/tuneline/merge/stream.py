@@ -200,7 +200,7 @@ def _output_dtype(tensor: PlannedTensor) -> torch.dtype:
 def merged_whole(tensor: PlannedTensor) -> torch.Tensor:
     """The merged tensor in fp32; of one that becomes 4 bits as (outputs, inputs)."""
     weight = read_tensor(tensor.stored).float()
-    if tensor.turned:
+    if tensor.change_turned:
         weight = weight.T.contiguous()
     if tensor.through is not None:
         weight = dequantized(weight, tensor.through)
@@ -208,7 +208,8 @@ def merged_whole(tensor: PlannedTensor) -> torch.Tensor:
         if tensor.change.replaces:
             weight = weight.new_empty(tensor.change.shape)
         weight = tensor.change.apply(weight, 0)
-    return weight.T.contiguous() if tensor.turned and tensor.into is None else weight
+    wanted_turned = tensor.turned and tensor.into is not None
+    return weight.T.contiguous() if tensor.change_turned != wanted_turned else weight
 
 
 def _stream(tensor: PlannedTensor, sink: _Sink, sources: _Sources) -> None:
@@ -221,7 +222,8 @@ def _stream(tensor: PlannedTensor, sink: _Sink, sources: _Sources) -> None:
             sink.write(raw)
         return
     dtype = _output_dtype(tensor)
-    if tensor.through is not None or tensor.turned or (change is not None and not change.by_rows):
+    by_rows = change is None or change.by_rows
+    if tensor.through is not None or tensor.change_turned or not by_rows:
         for part in merged_whole(tensor).flatten().split(_CHUNK_ELEMENTS):
             sink.write_as(part, dtype, tensor.name)
         return
