@@ -16,6 +16,7 @@ from tuneline.errors import ArtifactError, DataError, ModelError, RegistryError
 from tuneline.evaluate.generate import batches_by_tokens, generate_answers
 from tuneline.evaluate.likelihood import negative_log_likelihoods
 from tuneline.evaluate.rows import read_test_rows
+from tuneline.register.package import package_of
 
 
 @dataclass(frozen=True)
@@ -325,12 +326,17 @@ def test_batching_does_not_change_answers(line: Line) -> None:
 
 @pytest.fixture
 def registry(
-    line: Line, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    line: Line,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> Iterator[str]:
-    """A store whose model `colours` has the tuned model as champion."""
+    """A store for the model `colours`, and the tuned model, merged or in another form."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.chdir(tmp_path)  # MLflow puts artifacts of a sqlite store there
-    steps.merge(line.base, str(line.adapter), {}, str(tmp_path / "merged"))
+    export = {"form": getattr(request, "param", "merged")}
+    steps.merge(line.base, str(line.adapter), export, str(tmp_path / "merged"))
     yield "colours"
 
 
@@ -347,6 +353,7 @@ CHEAP = {"metrics": ["exact_match", "cross_entropy"], "general_text": False}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("registry", ["merged", "packaged"], indirect=True)
 def test_the_champion_is_measured_on_the_same_rows(
     line: Line, folder: Path, registry: str, tmp_path: Path
 ) -> None:
@@ -355,7 +362,7 @@ def test_the_champion_is_measured_on_the_same_rows(
     make_champion(tmp_path, folder, registry)
     report = evaluate(line, tmp_path / "second", champion_of=registry, evaluation=CHEAP)
     champion = report["champion"]
-    merged = artifacts.load(tmp_path / "merged", "merged_model")
+    merged = artifacts.load(tmp_path / "merged", package_of(tmp_path / "merged").kind)
     assert (champion["name"], champion["version"]) == (registry, 1)
     assert champion["digest"] == merged.digest and champion["compared"]
     assert champion["score"] == report["tuned"]  # it is the same model, merged
@@ -377,6 +384,21 @@ def test_the_champion_is_measured_on_the_same_rows(
         gate={"champion": "ignore"},
     )
     assert ignored["champion"] is None and ignored["verdict"]["passed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("registry", ["packaged"], indirect=True)
+# MLflow 3.17 on its own types, when mlflow.pyfunc is imported
+@pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType")
+def test_a_packaged_champion_answers_from_the_registry(
+    line: Line, folder: Path, registry: str, tmp_path: Path
+) -> None:
+    import mlflow
+
+    make_champion(tmp_path, folder, registry)
+    served = mlflow.pyfunc.load_model(f"models:/{registry}@champion")
+    scored = artifacts.load(folder, "eval_report").read_json("report.json")["samples"][0]
+    assert served.predict([scored["question"]])[0].strip() == scored["tuned"].strip()
 
 
 @pytest.mark.slow

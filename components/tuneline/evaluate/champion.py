@@ -22,9 +22,10 @@ from tuneline.tracking import mlflow_errors, open_client
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
-_KINDS: Final = ("merged_model",)
+_KINDS: Final = ("merged_model", "packaged_model")
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,21 @@ class Champion:
         """Of the model's manifest, as its version is tagged."""
         return self.artifact.digest
 
-    def load(self, *, trust_code: bool) -> PreTrainedModel:
-        """The model on its device.
+    def load(self, *, trust_code: bool) -> PreTrainedModel | PeftModel:
+        """The model on its device; a package on the base that it names.
 
         Args:
             trust_code: run the pinned code that the model shares with the base.
 
         Raises:
-            ModelError: the weights can't be loaded.
+            ModelError: the weights can't be loaded, or a package's base is not to be found.
+            ArtifactError: the base of a package is another.
         """
         from tuneline.finetune.load import load_base
+        from tuneline.merge.package import load_packaged
 
+        if self.artifact.manifest.kind == "packaged_model":
+            return load_packaged(self.artifact.path)[0]
         return load_base(self.artifact.path, trust_code=trust_code)
 
 

@@ -36,6 +36,7 @@ _PACKAGES: Final = {
 _OF_THE_TOKENIZER: Final = ("token", "vocab", "merges", "chat_template", "special", "LICENSE")
 _LONGEST_ANSWER: Final = 1024
 """Tokens, where a caller of the served model names no `max_new_tokens`."""
+_BATCH_TOKENS: Final = 16384
 
 
 def write_package(
@@ -182,14 +183,16 @@ class Served:
             )
             for question in questions
         ]
-        return generate_answers(
+        answers = generate_answers(
             self._model,
             self._tokenizer,
             prompts,
             batch_size=8,
+            batch_tokens=_BATCH_TOKENS,
             max_new_tokens=int((params or {}).get("max_new_tokens", _LONGEST_ANSWER)),
-            on_batch=lambda done, total, seconds: None,
+            on_batch=lambda done, total: None,
         )
+        return [answer.text for answer in answers]
 
 
 def _load_pyfunc(  # pyright: ignore[reportUnusedFunction]  # the name that MLflow calls

@@ -104,9 +104,7 @@ def _requirements(model: Artifact) -> dict[str, str]:
 
 PACKAGES: Final = (
     Package("merged_model", _add_transformers, _check_merged_loads, _requirements),
-    Package(
-        "packaged_model", packaged.add_flavors, packaged.check_loads, packaged.requirements
-    ),
+    Package("packaged_model", packaged.add_flavors, packaged.check_loads, packaged.requirements),
 )
 
 
