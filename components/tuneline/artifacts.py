@@ -7,7 +7,8 @@ SHA-256 of every file.
 
 Layouts (paths inside the folder):
 
-    prepared_dataset   {train,validation,test}.arrow, test_rows.jsonl, contract.json
+    prepared_dataset   {train,validation,test}-NNNNN.arrow, test_rows.jsonl, chat_template.jinja,
+                       contract.json, contract.html
     adapter            adapter_config.json, adapter_model.safetensors (plain PEFT), history.jsonl
     eval_report        scores.jsonl, report.json, report.html
     merged_model       config.json, *.safetensors, tokenizer files (plain transformers), proof.json

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar, Union
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar, Union, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -31,6 +31,11 @@ else:
 T = TypeVar("T", bound=Settings)
 HISTORY_SUFFIX: Final = ".history"
 """The registered model `NAME.history` holds what was done to the model `NAME`."""
+Column = Literal[
+    "messages", "conversations", "instruction", "input", "output", "history", "prompt",
+    "completion", "text", "system", "tools", "id",
+]  # fmt: skip
+"""The keys of a row that a format reads."""
 
 
 class ModelSection(Settings):
@@ -40,24 +45,101 @@ class ModelSection(Settings):
     """`demo`, a local folder, or `hf://org/name@revision`."""
 
 
+class Source(Settings):
+    """One place that rows come from; a string in the recipe is its `path`."""
+
+    path: str = Field(min_length=1)
+    """Local file, folder or glob, `hf://org/name[@revision]`, `s3://`, `gs://`, or `demo:train`."""
+    name: str = ""
+    """In the contract's counts; unset: the path."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
+    """How a row is laid out; `auto` goes by its keys."""
+    columns: dict[Column, str] = Field(default={})
+    """A format's key -> the column that holds it, such as `prompt: question`."""
+    weight: float = Field(default=1.0, gt=0, le=100)
+    """How often training sees each row: 2 writes it twice, 0.25 takes a quarter of the rows, by
+    content hash. Held-out rows are taken once each whatever the weight."""
+    config: str = ""
+    """Of a hub data set."""
+    split: str = Field(default="train", min_length=1)
+    """Of a hub data set."""
+
+    @property
+    def label(self) -> str:
+        """What messages and counts call it."""
+        return self.name or self.path
+
+
+class ContractLimits(Settings):
+    """What prepared data has to hold; crossing one limit fails the step and keeps the report.
+
+    Shares are of the rows that came in, unless said otherwise.
+    """
+
+    max_bad_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Rows that can't be used: malformed, no answer, refused by the template, and so on."""
+    max_too_long_fraction: float = Field(default=0.5, ge=0, le=1)
+    """Rows that `overflow: drop` takes out."""
+    max_duplicate_fraction: float = Field(default=0.5, ge=0, le=1)
+    """Rows that are exact or near duplicates of another one."""
+    max_repeated_id_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Rows whose `id` an earlier row of the same source has, with other content."""
+    max_leaked_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Held-out rows (validation, test, evaluation sets) that a training row still resembles."""
+    max_unsupervised_fraction: float = Field(default=0.05, ge=0, le=1)
+    """Rows with no token left to learn from."""
+    min_supervised_token_fraction: float = Field(default=0.001, ge=0, le=1)
+    """Supervised share of the training tokens."""
+    min_eos_fraction: float = Field(default=0.9, ge=0, le=1)
+    """Training rows that end with a supervised token that generation stops at."""
+    min_round_trip_fraction: float = Field(default=1.0, ge=0, le=1)
+    """Checked rows whose tokens are those that serving renders."""
+
+
 class DataSection(Settings):
     """Where rows come from and how they become tokens."""
 
-    train: tuple[str, ...] = Field(min_length=1)
-    """JSON-lines files with `messages`, or `demo:train`."""
-    test: tuple[str, ...] = ()
-    """Files used as the test split; without them it is taken from `train` by content hash."""
+    train: tuple[Source, ...] = Field(min_length=1)
+    """Sources to learn from: jsonl, json, parquet or csv, each also .gz or .zst."""
+    test: tuple[Source, ...] = ()
+    """Sources used as the test split; without them it is taken from `train` by content hash."""
+    evaluation_sets: tuple[Source, ...] = ()
+    """Sources that training must not have seen, such as benchmarks: only checked against."""
     validation_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of `train` rows held out to watch overfitting."""
     test_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of `train` rows held out for evaluation; not used when `test` is given."""
+    group_by: str = ""
+    """Column whose equal values stay in one split; unset: conversations that open alike do."""
     max_seq_len: int = Field(default=1024, ge=8)
-    """Longest row in tokens; longer rows are dropped and counted."""
+    """Longest row in tokens."""
+    overflow: Literal["drop", "truncate_left", "truncate_right", "split"] = "drop"
+    """What happens to a longer row: dropped, cut at its start or its end, or cut into pieces."""
+    loss: Literal["assistant", "last", "all"] = "assistant"
+    """What is learned: every assistant turn, the last one, or all text."""
+    fallback_template: Literal["", "chatml", "plain"] = ""
+    """Chat template for a tokenizer that has none; unset: such a tokenizer is refused."""
+    near_duplicate_similarity: float = Field(default=0.9, ge=0.5, le=1)
+    """Jaccard similarity of two rows' five-word sequences from which they are near duplicates; 1
+    looks for exact ones only."""
+    leakage: Literal["drop", "report"] = "drop"
+    """Training rows that resemble a held-out row: dropped and counted, or only reported."""
+    contract: ContractLimits = ContractLimits()
+    """Limits of the data contract."""
 
-    @field_validator("train", "test", mode="before")
+    @field_validator("train", "test", "evaluation_sets", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+        if isinstance(value, (str, Mapping, Source)):
+            value = (value,)
+        if isinstance(value, (list, tuple)):
+            return tuple({"path": item} if isinstance(item, str) else item for item in value)
+        return value
+
+    @property
+    def heldout_test_fraction(self) -> float:
+        """Share of `train` rows that become the test split."""
+        return 0.0 if self.test else self.test_fraction
 
 
 class TrainingSection(Settings):
@@ -552,5 +634,8 @@ def _fault(settings: type[Settings], error: Mapping[str, Any]) -> str:
 def _keys(settings: type[Settings], path: Iterable[Any]) -> list[str]:
     current: Any = settings
     for part in path:
-        current = current.model_fields[part].annotation
+        if isinstance(part, int):
+            current = get_args(current)[0]
+        else:
+            current = current.model_fields[part].annotation
     return list(current.model_fields)

@@ -102,14 +102,17 @@ def prepare_data(
     base_model: str, data: Mapping[str, Any], output: str, run_id: str = "", experiment: str = ""
 ) -> None:
     """Raw rows to a PreparedDataset."""
-    from tuneline.data_prep.prepare import prepare
+    from tuneline.data_prep.prepare import CONTRACT, PAGE, prepare
 
     with _step("prepare_data", run_id, experiment, ("transformers",)) as step:
         section = recipe.check(recipe.DataSection, data, source="data")
-        dataset = prepare(base_model, section, Path(output))
-        for split, counts in dataset.read_json("contract.json")["splits"].items():
+        dataset = prepare(base_model, section, Path(output), step)
+        contract = dataset.read_json(CONTRACT)
+        for split, counts in contract["splits"].items():
             step.log_metrics({f"{split}_rows": counts["rows"], f"{split}_tokens": counts["tokens"]})
-        step.log_file(dataset.path / "contract.json")
+        step.log_metrics({check["name"]: check["value"] for check in contract["checks"]})
+        for name in (CONTRACT, PAGE):
+            step.log_file(dataset.path / name)
 
 
 def finetune(

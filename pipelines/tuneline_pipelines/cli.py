@@ -162,9 +162,10 @@ def _add_prepare(commands: Any) -> None:
     prepare = commands.add_parser("prepare", help="raw rows -> PreparedDataset")
     prepare.add_argument("--base-model", **_BASE_MODEL)
     prepare.add_argument(
-        "--data", required=True, nargs="+", metavar="FILE", help="JSON-lines files with `messages`"
-    )
-    prepare.add_argument("--test", nargs="*", default=[], metavar="FILE", help="own test files")
+        "--data", required=True, nargs="+", metavar="SOURCE",
+        help="file, folder or glob of jsonl, json, parquet or csv; hf://org/name, s3://, gs://",
+    )  # fmt: skip
+    prepare.add_argument("--test", nargs="*", default=[], metavar="SOURCE", help="own test files")
     _add_set(prepare, "key=value")
     prepare.add_argument("--output", **_OUTPUT)
     prepare.set_defaults(command=_prepare)

@@ -1,173 +1,121 @@
-"""Rows are checked, masks are exact, splits are stable."""
+"""The prepared data set: stable splits, no duplicates, no leakage, a contract that fails closed."""
 
 import json
+import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuneline.data_prep import chat
-from tuneline.data_prep.prepare import load_split, prepare
-from tuneline.data_prep.records import read_records
+from tuneline import steps
+from tuneline.artifacts import Artifact, digest_of_file
+from tuneline.base_model import cache_dir
+from tuneline.data_prep import encode
+from tuneline.data_prep.duplicates import Scratch, find_similar, signatures
+from tuneline.data_prep.prepare import PAGE, load_split, prepare
+from tuneline.data_prep.report import render_contract
 from tuneline.errors import DataError, ModelError
 from tuneline.recipe import DataSection
 
-GOOD_ROW = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+Chats = list[dict[str, Any]]
+Prepare = Callable[..., Artifact]
 
 
-def line(**message: object) -> str:
-    return json.dumps({"messages": [{"role": "user", "content": "q"}, message]})
+def write(path: Path, rows: Chats) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        (b"", "is empty"),
-        (b"\n\n", "is empty"),
-        (b'{"messages": [\n', "line 1: malformed JSON"),
-        (json.dumps(GOOD_ROW).encode() + b"\n{oops}\n", "line 2: malformed JSON"),
-        (b"\xff\xfe{}", "line 1: not UTF-8"),
-        (b"[1]", "no 'messages' list"),
-        (b'{"prompt": "x"}', r"no 'messages' list \(found prompt\)"),
-        (b'{"messages": []}', "no 'messages' list"),
-        (b'{"messages": ["x"]}', "message 1: is str"),
-        (line(role="robot", content="x").encode(), "role 'robot' is unknown"),
-        (line(role="assistant", content=None).encode(), "content is NoneType"),
-        (line(role="assistant", content={"a": 1}).encode(), "content is dict"),
-        (line(role="assistant", content="  ").encode(), "answer is empty"),
-        (line(role="user", content="x").encode(), "no answer"),
-        (line(role="assistant", content="\ud800").encode(), "half a character"),
-        (b"[" * 100_000, "malformed JSON"),
-        (line(role="assistant", content="x", weight=0).encode(), "keys weight are not supported"),
-        (json.dumps(GOOD_ROW | {"tools": [{}]}).encode(), "'tools' are not supported"),
-    ],
-)
-def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, content: bytes, sentence: str) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=sentence) as caught:
-        list(read_records(str(path)))
-    assert "bad.jsonl" in str(caught.value)
+def chat(question: str, answer: str, **columns: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, **columns}
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere\.jsonl can't be read"):
-        list(read_records(str(tmp_path / "nowhere.jsonl")))
+@pytest.fixture
+def prepared(tiny_model: Path, tmp_path: Path) -> Prepare:
+    """Prepares rows, or what `train` names."""
+    made = iter(range(100))
+
+    def run(rows: Chats | None = None, **data: Any) -> Artifact:
+        number = next(made)
+        if rows is not None:
+            data["train"] = write(tmp_path / f"rows-{number}.jsonl", rows)
+        section = DataSection.model_validate(data)
+        return prepare(str(tiny_model), section, tmp_path / f"out-{number}")
+
+    return run
 
 
-texts = st.text(
-    st.characters(codec="utf-8", exclude_characters="<|>"), min_size=1, max_size=40
-).filter(lambda text: text.strip())
+def ids_of(dataset: Artifact, split: Any) -> list[tuple[int, ...]]:
+    return [tuple(ids) for ids in load_split(dataset, split)["input_ids"]]
 
 
-@given(answers=st.lists(texts, min_size=1, max_size=3), question=texts)
-@settings(max_examples=60, deadline=None)
-def test_the_mask_covers_exactly_the_answers_and_their_ends(
-    tiny_model: Path, answers: list[str], question: str
+SPLITS = ("train", "validation", "test")
+
+
+def test_a_row_keeps_its_split_when_the_data_grows(prepared: Prepare, chats: Chats) -> None:
+    small = prepared(chats[:120])
+    large = prepared(chats[:50] + [chat(f"new {n}", "x") for n in range(40)] + chats[50:])
+    for split in SPLITS:
+        assert set(ids_of(small, split)) <= set(ids_of(large, split))
+        assert len(ids_of(large, split)) > 5
+
+
+def test_equal_groups_stay_in_one_split(prepared: Prepare) -> None:
+    rows = [chat(f"question {n}", "a", customer=n % 40) for n in range(400)]
+    dataset = prepared(rows, group_by="customer", test_fraction=0.3)
+    tests = dataset.read_jsonl("test_rows.jsonl")
+    customers = {row["columns"]["customer"] for row in tests}
+    assert len(tests) == 10 * len(customers)
+    assert 5 < len(customers) < 35
+    with pytest.raises(DataError, match="no column 'client' to group by"):
+        prepared(rows, group_by="client")
+
+
+def test_a_training_row_that_opens_like_a_held_out_one_of_another_group_goes(
+    prepared: Prepare,
 ) -> None:
-    tokenizer = chat.load_tokenizer(str(tiny_model))
-    messages = []
-    for answer in answers:
-        messages += [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": answer},
-        ]
-    (tokens,) = chat.tokenize(tokenizer, [chat.render(tokenizer, messages)])
-    supervised = [i for i, m in zip(tokens.input_ids, tokens.supervised, strict=True) if m]
-    assert tokenizer.decode(supervised) == "".join(answer + "<|im_end|>" for answer in answers)
+    rows = [chat(f"question {n % 200}", f"answer {n}", customer=n) for n in range(400)]
+    dataset = prepared(rows, group_by="customer", test_fraction=0.4)
+    questions = {row["question"] for row in dataset.read_jsonl("test_rows.jsonl")}
+    contract = dataset.read_json("contract.json")
+    assert contract["in_test_dropped"] > 30
+    assert contract["leakage"]["resembled_by_set"]["test"] >= contract["in_test_dropped"] / 2
+    texts = [sample["pieces"][0]["text"] for sample in contract["samples"]]
+    assert len(questions) > 50 and texts
 
 
-def test_spaces_are_supervised_with_a_tokenizer_that_trims_offsets(
-    tiny_model: Path, tmp_path: Path
+def test_a_conversation_and_its_continuation_are_never_in_different_splits(
+    prepared: Prepare, chats: Chats
 ) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder)
-    values = json.loads((folder / "tokenizer.json").read_text())
-    values["post_processor"] = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": True,
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(values))
-    tokenizer = chat.load_tokenizer(str(folder))
-    code = "if x:\n    y  =  1 "
-    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": code}]
-    (tokens,) = chat.tokenize(tokenizer, [chat.render(tokenizer, messages)])
-    supervised = [i for i, m in zip(tokens.input_ids, tokens.supervised, strict=True) if m]
-    assert tokenizer.decode(supervised) == code + "<|im_end|>"
-
-
-def test_the_reference_is_what_the_template_makes_the_model_write(tiny_model: Path) -> None:
-    tokenizer = chat.load_tokenizer(str(tiny_model))
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
-        "<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    more = [{"role": "user", "content": "more"}, {"role": "assistant", "content": "no"}]
+    rows = [*chats, *({"messages": chat["messages"] + more} for chat in chats)]
+    dataset = prepared(rows, test_fraction=0.3)
+    short, long = (
+        {ids for ids in ids_of(dataset, "test") if ids.count(1) == turns}
+        for turns in (2, 4)  # token 1 opens a turn
     )
-    rendered = chat.render(tokenizer, GOOD_ROW["messages"])
-    assert chat.answer(tokenizer, rendered) == "<think>\n\n</think>\n\na"
-
-
-def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
-    path = tmp_path / "bom.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD_ROW).encode())
-    assert len(list(read_records(str(path)))) == 1
-
-
-def test_training_sees_what_serving_renders(tiny_model: Path) -> None:
-    tokenizer = chat.load_tokenizer(str(tiny_model))
-    messages = [
-        {"role": "system", "content": "s"},
-        {"role": "user", "content": "q"},
-        {"role": "assistant", "content": "a"},
-    ]
-    rendered = chat.render(tokenizer, messages)
-    prompt = chat.render_prompt(tokenizer, messages[:-1])
-    assert rendered.text.startswith(prompt)
-    assert rendered.spans == ((len(prompt), len(prompt) + len("a<|im_end|>")),)
-
-
-def test_a_template_that_renders_the_answer_differently_is_refused(tiny_model: Path) -> None:
-    tokenizer = chat.load_tokenizer(str(tiny_model))
-    tokenizer.chat_template = "{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}"
-    with pytest.raises(DataError, match="differently in a conversation"):
-        chat.render(tokenizer, GOOD_ROW["messages"])
-
-
-def test_a_template_without_an_end_gets_one(tiny_model: Path) -> None:
-    tokenizer = chat.load_tokenizer(str(tiny_model))
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
-    assert chat.render(tokenizer, GOOD_ROW["messages"]).text == "q a<|im_end|>"
-
-
-def test_a_row_keeps_its_split_when_the_data_grows(
-    tiny_model: Path, chats: list[dict[str, object]], tmp_path: Path
-) -> None:
-    def rows_of(count: int) -> dict[str, set[tuple[int, ...]]]:
-        path = tmp_path / f"{count}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in chats[:count]))
-        dataset = prepare(str(tiny_model), DataSection(train=(str(path),)), tmp_path / f"d{count}")
-        return {
-            split: {tuple(ids) for ids in load_split(dataset, split)["input_ids"]}
-            for split in ("train", "validation", "test")
-        }
-
-    small, large = rows_of(120), rows_of(240)
-    assert all(small[split] <= large[split] for split in small)
-    assert all(len(rows) > 5 for rows in large.values())
+    assert len(short) == len(long) > 20
+    assert all(any(row[: len(opening)] == opening for row in long) for opening in short)
 
 
 def test_duplicates_and_rows_of_the_test_file_are_dropped_and_counted(
-    tiny_model: Path, chats: list[dict[str, object]], tmp_path: Path
+    prepared: Prepare, chats: Chats, tmp_path: Path
 ) -> None:
-    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
-    train.write_text("".join(json.dumps(row) + "\n" for row in chats[:100] + chats[:7]))
-    test.write_text("".join(json.dumps(row) + "\n" for row in chats[95:110]))
-    data = DataSection(train=(str(train),), test=(str(test),))
-    contract = prepare(str(tiny_model), data, tmp_path / "out").read_json("contract.json")
+    test = write(tmp_path / "test.jsonl", chats[95:110])
+    contract = prepared(chats[:100] + chats[:7], test=test).read_json("contract.json")
     assert contract["rows_in"] == 122
     assert contract["duplicates_dropped"] == 7
     assert contract["in_test_dropped"] == 5
@@ -175,39 +123,341 @@ def test_duplicates_and_rows_of_the_test_file_are_dropped_and_counted(
     assert sum(split["rows"] for split in contract["splits"].values()) == 110
 
 
-def test_a_split_without_rows_says_where_they_went(
-    tiny_model: Path, chats_file: Path, tmp_path: Path
+WORDS = [f"w{n}" for n in range(500)]
+
+
+def long_text(draw: random.Random, count: int = 60) -> list[str]:
+    return draw.choices(WORDS, k=count)
+
+
+def changed(words: list[str]) -> str:
+    return " ".join([*words[:30], "other", *words[31:]])
+
+
+def test_near_duplicates_go_within_a_split_and_leaks_across(
+    prepared: Prepare, tmp_path: Path
 ) -> None:
-    data = DataSection(train=(str(chats_file),), max_seq_len=10)
+    draw = random.Random(3)
+    texts = [long_text(draw) for _ in range(300)]
+    rows = [chat(" ".join(words), f"answer {n}") for n, words in enumerate(texts)]
+    near = [chat(changed(words).upper(), f"answer {n}") for n, words in enumerate(texts[:60])]
+    held = write(tmp_path / "bench.jsonl", [chat(changed(words), "b") for words in texts[100:120]])
+    data = {"near_duplicate_similarity": 0.7, "evaluation_sets": held}
+    contract = prepared(rows + near, **data).read_json("contract.json")
+    leakage = contract["leakage"]
+    # a changed row is in the split of its original (0.8^2 + 2 * 0.1^2 of the cases) or leaks
+    assert 30 <= contract["near_duplicates_dropped"] <= 55
+    assert leakage["resembled_heldout_rows"] >= 20
+    assert leakage["still_resembled_heldout_rows"] == 0
+    assert contract["leaking_dropped"] >= 10
+    assert {e["split"] for e in leakage["examples"]} >= {"evaluation set"}
+    assert contract["sources"][0]["role"] == "evaluation"
+    with pytest.raises(DataError, match=r"held-out rows that a training row resembles \d.* 0 %"):
+        prepared(rows + near, leakage="report", **data)
+    exact_only = prepared(rows + near, **data | {"near_duplicate_similarity": 1.0})
+    assert exact_only.read_json("contract.json")["near_duplicates_dropped"] == 0
+
+
+@given(st.integers(0, 60), st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_signatures_estimate_the_jaccard_similarity(replaced: int, seed: int) -> None:
+    draw = random.Random(seed)
+    left = [f"{draw.random()}" for _ in range(200)]
+    right = [f"{draw.random()}" for _ in range(replaced)] + left[replaced:]
+    pair = signatures([" ".join(left), " ".join(right)])
+    sets = [
+        {tuple([*words, "", "", "", ""][i : i + 5]) for i in range(len(words))}
+        for words in (left, right)
+    ]
+    truth = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+    # four standard errors of 128 hashes
+    assert (pair[0] == pair[1]).mean() == pytest.approx(truth, abs=4 * 0.0442)
+
+
+def test_similar_rows_are_found_among_many(tmp_path: Path) -> None:
+    draw = random.Random(1)
+    texts = [" ".join(long_text(draw, 200)) for _ in range(2000)]
+    for n in range(0, 200, 2):  # row n + 1 differs from row n in its last word
+        texts[n + 1] = texts[n].rpartition(" ")[0] + " other"
+    chinese = "".join(chr(0x4E00 + n) for n in range(200))
+    texts += ["", "short", "short", chinese, chinese + "x"]
+    scratch = Scratch(tmp_path / "scratch")
+    scratch.add(signatures(texts))
+    scratch.finish()
+    group = np.zeros(len(texts), np.int64)
+    group[1:100:2] = 2
+    twin, leak = find_similar(scratch, group, np.ones(len(texts), bool), 0.9)
+    assert np.flatnonzero(twin >= 0).tolist() == [*range(101, 200, 2), 2002, 2004]
+    assert leak[:100:2].tolist() == list(range(1, 100, 2))
+    assert leak[1:100:2].tolist() == list(range(0, 100, 2))
+    assert (leak[100:] == -1).all()
+
+
+def test_a_split_without_rows_says_where_they_went(prepared: Prepare, chats: Chats) -> None:
+    data = {"max_seq_len": 10, "contract": {"max_too_long_fraction": 1, "min_eos_fraction": 0,
+                                            "min_supervised_token_fraction": 0}}  # fmt: skip
     with pytest.raises(DataError, match="240 longer than max_seq_len 10"):
-        prepare(str(tiny_model), data, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+        prepared(chats, **data)
 
 
-def test_a_conversation_and_its_continuation_are_never_in_different_splits(
-    tiny_model: Path, chats: list[dict[str, list[dict[str, str]]]], tmp_path: Path
-) -> None:
-    more = [{"role": "user", "content": "more"}, {"role": "assistant", "content": "no"}]
-    rows = [*chats, *({"messages": chat["messages"] + more} for chat in chats)]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = DataSection(train=(str(path),), test_fraction=0.3)
-    dataset = prepare(str(tiny_model), data, tmp_path / "out")
-    short, long = (
-        {tuple(ids) for ids in load_split(dataset, "test")["input_ids"] if ids.count(1) == turns}
-        for turns in (2, 4)  # token 1 opens a turn
-    )
-    assert len(short) == len(long) > 20
-    assert all(any(row[: len(opening)] == opening for row in long) for opening in short)
-
-
-def test_the_data_is_named_by_its_digest(
-    tiny_model: Path, chats_file: Path, tmp_path: Path
-) -> None:
-    from tuneline.artifacts import digest_of_file
-
-    dataset = prepare(str(tiny_model), DataSection(train=(str(chats_file),)), tmp_path / "out")
+def test_the_data_is_named_by_its_digest(prepared: Prepare, chats_file: Path) -> None:
+    dataset = prepared(train=str(chats_file))
     assert dataset.manifest.inputs == {str(chats_file): f"sha256:{digest_of_file(chats_file)}"}
+
+
+def test_sources_are_mixed_by_weight(prepared: Prepare, tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", [chat(f"first {n}", "a") for n in range(400)])
+    second = write(tmp_path / "b.jsonl", [chat(f"second {n}", "b") for n in range(400)])
+    plain = prepared(train=[first, second])
+    mixed = prepared(
+        train=[{"path": first, "weight": 2.5, "name": "first"}, {"path": second, "weight": 0.25}]
+    )
+    rows = set(ids_of(plain, "train"))
+    seen = Counter(ids_of(mixed, "train"))
+    times = {ids: seen[ids] for ids in rows}
+    contract = mixed.read_json("contract.json")
+    assert set(times.values()) == {0, 1, 2, 3}
+    ours = [source["rows_out"] for source in contract["sources"]]
+    assert ours[0] == 400 and 100 < ours[1] < 240
+    assert contract["not_sampled"] == 400 - ours[1]
+    assert contract["sources"][0]["name"] == "first"
+    for split in ("validation", "test"):
+        assert ids_of(mixed, split) == ids_of(plain, split)
+
+
+@pytest.mark.parametrize("rule", ["truncate_left", "truncate_right", "split"])
+def test_rows_that_are_too_long_are_cut_by_the_rule_and_counted(
+    prepared: Prepare, rule: str
+) -> None:
+    rows = [chat(f"question {n}", "answer " * 30) for n in range(100)]
+    limits = {"min_eos_fraction": 0.0}
+    contract = prepared(rows, max_seq_len=40, overflow=rule, contract=limits).read_json(
+        "contract.json"
+    )
+    assert contract["overflow"]["longer_rows"] == 100
+    assert contract["splits"]["train"]["longest_tokens"] == 40
+    rows_of_train = contract["splits"]["train"]["rows"]
+    if rule == "split":
+        # a test row is scored as one
+        tests = contract["splits"]["test"]["rows"]
+        assert contract["overflow"]["split_rows"] == 100 - tests and rows_of_train > 200
+    else:
+        assert 60 < rows_of_train < 100
+    assert contract["eos_fraction"] == (0.0 if rule == "truncate_right" else 1.0)
+
+
+def test_unchanged_input_is_not_tokenized_again(
+    prepared: Prepare, chats: Chats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuneline.data_prep.sources.BLOCK_ROWS", 50)
+    monkeypatch.setattr("tuneline.data_prep.prepare.cpu_count", lambda: 1)
+    encoded: list[int] = []
+    plain = encode.Encoder.encode
+
+    def counting(self: Any, block: Any, path: Path) -> None:
+        encoded.append(block.first)
+        plain(self, block, path)
+
+    monkeypatch.setattr(encode.Encoder, "encode", counting)
+    first = prepared(chats)
+    assert encoded == [1, 51, 101, 151, 201]
+    again = prepared(chats)
+    assert len(encoded) == 5
+    for split in SPLITS:
+        assert ids_of(first, split) == ids_of(again, split)
+    prepared([*chats, chat("one more", "a")])
+    assert encoded[5:] == [201]
+    prepared(chats, max_seq_len=512)
+    assert len(encoded) == 11
+    # a damaged or half-written block is made again
+    victim = next((cache_dir() / "tokens").glob("*.rows"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    prepared(chats)
+    prepared(chats, max_seq_len=512)
+    assert len(encoded) == 12
+
+
+def test_the_cache_forgets_what_was_not_used_for_longest(prepared: Prepare, chats: Chats) -> None:
+    prepared(chats)
+    prepared(chats[:100])
+    folder = cache_dir() / "tokens"
+    old, new = sorted(folder.glob("*.index"), key=lambda path: path.stat().st_mtime_ns)
+    os.utime(old, (1, 1))
+    kept = new.stat().st_size + new.with_suffix(".rows").stat().st_size
+    encode.prune_cache(kept)
+    assert sorted(folder.iterdir()) == sorted([new, new.with_suffix(".rows")])
+
+
+RUN = """
+import sys
+from pathlib import Path
+from tuneline.data_prep import prepare, sources
+from tuneline.recipe import DataSection
+sources.BLOCK_ROWS = 40
+prepare.cpu_count = lambda: 2
+if __name__ == "__main__":
+    data = DataSection(train=sys.argv[2])
+    prepare.prepare(sys.argv[1], data, Path(sys.argv[3]))
+"""
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_rows_and_a_killed_run_goes_on_where_it_was(
+    prepared: Prepare, tiny_model: Path, tmp_path: Path
+) -> None:
+    rows = [chat(f"question number {n}", "yes") for n in range(2160)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    script = tmp_path / "run.py"
+    script.write_text(RUN)
+    blocks = cache_dir() / "tokens"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(script), str(tiny_model), path, str(tmp_path / "two")]
+    process = subprocess.Popen(command, env=environment)
+    deadline = time.monotonic() + 120
+    while len(list(blocks.glob("*.index"))) < 5 and time.monotonic() < deadline:
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(1)  # its workers notice
+    done = {entry: entry.stat().st_mtime_ns for entry in blocks.glob("*.rows")}
+    assert 5 <= len(done) < 54
+    assert not (tmp_path / "two").exists()
+    subprocess.run(command, env=environment, check=True)
+    assert len(list(blocks.glob("*.rows"))) == 54
+    assert all(entry.stat().st_mtime_ns == at for entry, at in done.items())
+    assert not [entry for entry in blocks.iterdir() if entry.suffix not in (".rows", ".index")]
+    shutil.rmtree(blocks)
+    whole = prepared(train=path)
+    from tuneline import artifacts
+
+    parts = artifacts.load(tmp_path / "two", "prepared_dataset")
+    for split in SPLITS:
+        assert ids_of(whole, split) == ids_of(parts, split)
+    assert whole.read_jsonl("test_rows.jsonl") == parts.read_jsonl("test_rows.jsonl")
+
+
+class Page(HTMLParser):
+    """Collects what a browser would fetch or run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [v or "" for k, v in attrs if k in ("src", "href")]
+
+
+def test_the_page_is_self_contained_small_and_escapes_what_data_says(prepared: Prepare) -> None:
+    evil = "<script>alert(1)</script>"
+    rows = [chat(f"{evil} {n}", evil + "word " * 3000) for n in range(60)]
+    dataset = prepared(rows, max_seq_len=32000)
+    html = (dataset.path / PAGE).read_text()
+    page = Page()
+    page.feed(html)
+    assert "script" not in page.tags and page.links == []
+    assert page.tags.count("mark") >= 10 and "rect" in page.tags
+    assert "The contract holds" in html and "&lt;script&gt;" in html
+    assert len(html) < 1_000_000
+    assert html == render_contract(dataset.read_json("contract.json"))
+
+
+def test_the_contract_counts_what_it_saw(prepared: Prepare, chats: Chats) -> None:
+    contract = prepared(chats).read_json("contract.json")
+    assert contract["passed"] and all(check["holds"] for check in contract["checks"])
+    assert contract["rows_in"] == contract["rows_out"] == 240
+    assert contract["round_trip"] == {
+        "rows_checked": 10, "rows_that_differ": 0, "fraction": 1.0, "examples": [],
+    }  # fmt: skip
+    assert contract["eos_fraction"] == 1.0
+    assert 0.05 < contract["supervised_token_fraction"] < 0.5
+    counts = [sum(column) for column in contract["lengths"]["counts"].values()]
+    assert counts == [split["rows"] for split in contract["splits"].values()]
+    assert len(contract["samples"]) == 10
+    for sample in contract["samples"]:
+        learned = "".join(p["text"] for p in sample["pieces"] if p["supervised"])
+        assert learned.endswith("<|im_end|>") and learned.partition("<")[0] in (
+            "red", "blue", "green", "white",
+        )  # fmt: skip
+
+
+BROKEN_CONTRACTS = {  # rows, settings -> part of the sentence
+    "bad rows": ([{"oops": 1}], {}, r"rows that can't be used 0\.415 %, at most 0 % allowed by "
+                                    r"data\.contract\.max_bad_fraction"),
+    "repeated ids": ([chat("x", "y", id="7"), chat("z", "y", id="7")], {}, "repeated id"),
+    "duplicates": ([chat("x", "y")] * 300, {}, r"duplicates 55\.4 %"),
+    "too long": ([chat("x", "y " * 900)] * 3, {"max_seq_len": 64,
+                 "contract": {"max_too_long_fraction": 0}}, "too long"),
+    "no supervision": ([], {"max_seq_len": 8, "overflow": "truncate_right"},
+                       "without a token to learn 100 %"),
+    "little supervision": ([], {"contract": {"min_supervised_token_fraction": 0.9}},
+                           "supervised share"),
+    "no end": ([chat(f"{n}", "y " * 90) for n in range(300)],
+               {"max_seq_len": 64, "overflow": "truncate_right"}, "generation stops at"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN_CONTRACTS)
+def test_a_broken_contract_fails_and_leaves_its_report(
+    prepared: Prepare, chats: Chats, tmp_path: Path, name: str
+) -> None:
+    rows, data, sentence = BROKEN_CONTRACTS[name]
+    with pytest.raises(DataError, match=f"data contract is broken: .*{sentence}") as caught:
+        prepared([*chats, *rows], **data)
+    assert not (tmp_path / "out-0").exists()
+    place = tmp_path / "out-0.refused"
+    assert str(place / PAGE) in str(caught.value)
+    contract = json.loads((place / "contract.json").read_text())
+    assert not contract["passed"] and contract["faults"]
+    assert "The contract is broken" in (place / PAGE).read_text()
+
+
+def test_the_report_of_a_broken_contract_is_in_the_step_s_run(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    uri = f"sqlite:///{tmp_path / 'm.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("TUNELINE_MLFLOW_ARTIFACTS", (tmp_path / "artifacts").as_uri())
+    rows = write(tmp_path / "rows.jsonl", [{"oops": 1}, *[chat(f"q {n}", "a") for n in range(99)]])
+    with pytest.raises(DataError, match=r"this step's MLflow run\n  - .*rows\.jsonl line 1: "):
+        steps.prepare_data(
+            str(tiny_model), {"train": rows}, str(tmp_path / "out"), "run-1", "experiment"
+        )
+    client = mlflow.MlflowClient(uri)
+    experiment = client.get_experiment_by_name("experiment")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id], "tags.`kfp.task` = 'prepare_data'")
+    assert run.info.status == "FAILED"
+    saved = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert saved == {"contract.html", "contract.json"}
+
+
+def test_serving_s_tokens_are_checked_against_training_s(
+    prepared: Prepare, chats: Chats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    plain = PreTrainedTokenizerFast.apply_chat_template
+
+    def other(self: Any, messages: Any, **options: Any) -> Any:
+        found = plain(self, messages, **options)
+        return found if isinstance(found, str) else [*found[:-1], 0]
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "apply_chat_template", other)
+    with pytest.raises(DataError, match="tokens are what serving renders 0 %, at least 100 %"):
+        prepared(chats)
+
+
+def test_raw_text_is_trained_on_and_not_scored(prepared: Prepare, chats: Chats) -> None:
+    rows = [*chats, *({"text": f"some text number {n}"} for n in range(200))]
+    dataset = prepared(rows)
+    contract = dataset.read_json("contract.json")
+    assert contract["sources"][0]["formats"] == {"messages": 240, "text": 200}
+    assert len(dataset.read_jsonl("test_rows.jsonl")) < contract["splits"]["test"]["rows"]
 
 
 def test_a_tokenizer_that_cannot_be_read_is_one_clear_error(
@@ -217,4 +467,17 @@ def test_a_tokenizer_that_cannot_be_read_is_one_clear_error(
     shutil.copytree(tiny_model, folder)
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="can't be loaded"):
-        prepare(str(folder), DataSection(train=(str(chats_file),)), tmp_path / "out")
+        prepare(str(folder), DataSection.model_validate({"train": str(chats_file)}), tmp_path / "o")
+
+
+def test_a_template_that_raises_is_a_counted_fault(
+    tiny_model: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('not today') }}")
+    with pytest.raises(DataError, match=r"can't be used 100 %(.|\n)*refuses the chat: not today"):
+        prepare(str(folder), DataSection.model_validate({"train": str(chats_file)}), tmp_path / "o")
+    (folder / "chat_template.jinja").write_text("{% for %}")
+    with pytest.raises(DataError, match=r"chat template of .* is malformed"):
+        prepare(str(folder), DataSection.model_validate({"train": str(chats_file)}), tmp_path / "o")

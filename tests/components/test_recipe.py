@@ -67,7 +67,7 @@ def test_overrides_are_read_as_yaml(tmp_path: Path) -> None:
     )
     assert resolved.training.learning_rate == 1e-3
     assert resolved.method.target_modules == ("k_proj",)
-    assert resolved.data.train == ("b.jsonl",)
+    assert [source.path for source in resolved.data.train] == ["b.jsonl"]
 
 
 @pytest.mark.parametrize("override", ["training", "training=3", "training.epochs", ".=", "x"])

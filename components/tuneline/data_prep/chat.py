@@ -1,48 +1,122 @@
 """From a chat to token ids with an exact mask of what is supervised.
 
-The chat is rendered once by the tokenizer's own template and tokenized once, as a whole; the mask
-comes from character offsets. Each assistant turn's text is what rendering up to and including the
-turn adds to rendering up to it with the generation prompt. So the supervised tokens are exactly
-what the model has to produce when it serves the same prompt, end-of-turn token included, and no
-template needs generation markers.
+A chat is rendered by the tokenizer's own template, through the very function that
+`apply_chat_template` renders with. Each assistant turn's span is what rendering up to and including
+the turn adds to rendering up to it with the generation prompt: what the model has to write when it
+serves that prompt, end-of-turn token included. No template needs generation markers.
+
+Two things could still make training see other tokens than serving, and both are handled per row:
+
+- A template may render an earlier turn differently once the conversation goes on (Qwen3 drops its
+  thinking). Turns whose rendering the later text no longer holds get a row of their own, which is
+  exactly the conversation as it was served at that turn.
+- A tokenizer may merge the end of the prompt with the start of the answer. The prompt and the
+  answer of a row are therefore encoded apart, as serving does; where an earlier turn of the same
+  row has such a border, each turn gets its own row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
 
+from tuneline.data_prep.records import BadRow, Message, Record
 from tuneline.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Loss = Literal["assistant", "last", "all"]
+Overflow = Literal["drop", "truncate_left", "truncate_right", "split"]
+
+FALLBACK_TEMPLATES: Final = {
+    "chatml": (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' "
+        "+ message['content'] + EOS + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "plain": (
+        "{% for message in messages %}{{ message['role'] | capitalize + ': ' "
+        "+ message['content'] }}{% if message['role'] == 'assistant' %}{{ EOS }}{% endif %}"
+        "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+    ),
+}
+_STUMBLES: Final = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
+
 
 @dataclass(frozen=True)
+class ChatFormat:
+    """All that turns chats into tokens, as plain values that another process can take.
+
+    Attributes:
+        tokenizer: of the `tokenizers` library, as JSON.
+        template: the chat template.
+        template_name: `tokenizer`, or the name of the fallback.
+        special_tokens: what the template may name, such as `eos_token`.
+        controls: special tokens that may stand in no message.
+        eos_token: ends a text.
+        bos_token: starts a raw text; empty where this tokenizer adds none.
+        bos_id: of `bos_token`, or None.
+        stop_ids: tokens that generation stops at.
+        stop_tokens: the same as text.
+        longest_token: characters of the longest token in the vocabulary.
+    """
+
+    tokenizer: str
+    template: str
+    template_name: str
+    special_tokens: dict[str, Any]
+    controls: tuple[str, ...]
+    eos_token: str
+    bos_token: str
+    bos_id: int | None
+    stop_ids: frozenset[int]
+    stop_tokens: tuple[str, ...]
+    longest_token: int
+
+
+@dataclass(frozen=True, slots=True)
 class Rendered:
-    """A chat as text, with the character spans [start, end) that are supervised."""
+    """A text, with the character spans [start, end) that are supervised, in order."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """A row ready to train on.
 
     Attributes:
         input_ids: T token ids.
-        supervised: T values 0 or 1; 1 where the token has to be predicted. The first is 0: nothing
-            comes before it to predict it from.
+        spans: [start, end) of the token positions that have to be predicted. Position 0 is never
+            among them: nothing comes before it to predict it from.
     """
 
     input_ids: list[int]
-    supervised: list[int]
+    spans: tuple[tuple[int, int], ...]
+
+    @property
+    def supervised(self) -> list[int]:
+        """T values 0 or 1."""
+        mask = [0] * len(self.input_ids)
+        for start, end in self.spans:
+            mask[start:end] = [1] * (end - start)
+        return mask
+
+    def cut(self, start: int, end: int) -> Tokens:
+        """The positions [start, end) as a row."""
+        spans = [(max(s - start, 1), min(e, end) - start) for s, e in self.spans]
+        return Tokens(self.input_ids[start:end], tuple((s, e) for s, e in spans if s < e))
 
 
 def load_tokenizer(path: str, *, trust_code: bool = False) -> PreTrainedTokenizerBase:
-    """A fast tokenizer with a chat template and an end-of-sequence token.
+    """The tokenizer of a model folder.
 
     Args:
         path: the model's folder.
@@ -50,7 +124,7 @@ def load_tokenizer(path: str, *, trust_code: bool = False) -> PreTrainedTokenize
 
     Raises:
         ModelError: it can't be loaded.
-        DataError: one of these is missing.
+        DataError: it is none of the fast ones, or has no end-of-sequence token.
     """
     from transformers import AutoTokenizer
 
@@ -60,104 +134,377 @@ def load_tokenizer(path: str, *, trust_code: bool = False) -> PreTrainedTokenize
         raise ModelError(
             f"the tokenizer of {path} can't be loaded: {type(error).__name__}: {error}"
         ) from error
-    from tokenizers import processors
-
     if not tokenizer.is_fast:
-        raise DataError(
-            f"the tokenizer of {path} gives no character offsets: tokenizer.json is needed"
-        )
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"the tokenizer of {path} has no chat template: an instruct model is needed"
-        )
+        raise DataError(f"the tokenizer of {path} is a slow one: tokenizer.json is needed")
     if tokenizer.eos_token is None:
         raise DataError(f"the tokenizer of {path} has no end-of-sequence token")
-    # Some families (Llama 3) trim white space off the offsets, which would take the spaces out of
-    # the mask. The post-processor is of no other use here: templates write the special tokens.
-    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
     return tokenizer
 
 
-def render_prompt(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
-    """The text that a server would give the model to answer `messages`."""
-    return _apply(tokenizer, messages, add_generation_prompt=True)
+def chat_format(tokenizer: Any, folder: Path | None = None, fallback: str = "") -> ChatFormat:
+    """What of a tokenizer matters for rendering and encoding.
 
-
-def render(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Rendered:
-    """Render a chat and find its assistant turns.
+    Args:
+        tokenizer: of transformers, a fast one.
+        folder: of the model, for the tokens that its generation_config.json stops at.
+        fallback: name of the template for a tokenizer that has none.
 
     Raises:
-        DataError: the template raises, or it does not render a chat as a continuation of the
-            prompt that precedes the answer (what training sees would not be what serving renders).
+        DataError: no chat template, or one that is no template.
     """
-    text = _apply(tokenizer, messages)
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = render_prompt(tokenizer, messages[:index])
-        through = text if index + 1 == len(messages) else _apply(tokenizer, messages[: index + 1])
-        if not (through.startswith(prompt) and text.startswith(through)):
-            raise DataError(
-                "the chat template renders the answer differently in a conversation than after its "
-                "prompt, so that training would not see what serving renders: message "
-                f"{index + 1} of {len(messages)}"
-            )
-        # a line break that the template puts behind the end-of-turn token is not the model's to say
-        spans.append((len(prompt), len(prompt) + len(through[len(prompt) :].rstrip())))
-    if not any(text[:end].endswith(token) for _, end in spans[-1:] for token in _ends(tokenizer)):
-        # a template that does not end the last turn leaves the model no way to learn to stop
-        text = text[: spans[-1][1]] + tokenizer.eos_token
-        spans[-1] = (spans[-1][0], len(text))
-    return Rendered(text, tuple(spans))
+    from jinja2.exceptions import TemplateError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
 
-
-def answer(tokenizer: Any, rendered: Rendered) -> str:
-    """The text of the last answer as the model has to write it, without the end token.
-
-    That can be more than the row's own content: some templates put an empty thinking block first.
-    """
-    start, end = rendered.spans[-1]
-    text = rendered.text[start:end]
-    for token in _ends(tokenizer):
-        text = text.removesuffix(token)
-    return text
-
-
-def tokenize(tokenizer: Any, rendered: Sequence[Rendered]) -> list[Tokens]:
-    """Tokenize a batch of rendered chats; a token that overlaps a supervised span is supervised."""
-    batch = tokenizer(
-        [r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=True
-    )
-    return [
-        Tokens(ids, _mask(offsets, chat.spans))
-        for ids, offsets, chat in zip(
-            batch["input_ids"], batch["offset_mapping"], rendered, strict=True
+    bos = tokenizer.bos_token if _adds_bos(tokenizer) else ""
+    template, name = tokenizer.chat_template, "tokenizer"
+    if isinstance(template, dict):  # several named ones
+        template = template.get("default")
+    if not template and fallback:
+        eos = json.dumps(tokenizer.eos_token)
+        template = json.dumps(bos).join(("{{ ", " }}")) if bos else ""
+        template += FALLBACK_TEMPLATES[fallback].replace("EOS", eos)
+        name = fallback
+    if not template:
+        raise DataError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template: take an instruct "
+            "model, or name a template with data.fallback_template "
+            f"({', '.join(FALLBACK_TEMPLATES)})"
         )
+    try:
+        _compile_jinja_template(template)
+    except TemplateError as error:
+        raise DataError(
+            f"the chat template of {tokenizer.name_or_path} is malformed: {error}"
+        ) from error
+    from tokenizers import processors
+
+    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    # Some families (Llama 3) trim white space off the offsets, which would take the spaces out of
+    # the mask. The post-processor is of no other use here: templates write the special tokens.
+    backend.post_processor = processors.Sequence([])
+    backend.no_truncation()
+    stops = frozenset(_stop_ids(tokenizer, folder))
+    backend.no_padding()
+    return ChatFormat(
+        tokenizer=backend.to_str(),
+        template=template,
+        template_name=name,
+        special_tokens=dict(tokenizer.special_tokens_map),
+        controls=tuple(
+            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+        ),
+        eos_token=tokenizer.eos_token,
+        bos_token=bos,
+        bos_id=tokenizer.bos_token_id,
+        stop_ids=stops,
+        stop_tokens=tuple(sorted(filter(None, map(backend.id_to_token, stops)))),
+        longest_token=max(map(len, backend.get_vocab())),
+    )
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    return tokenizer.bos_token is not None and tokenizer("a")["input_ids"][:1] == [
+        tokenizer.bos_token_id
     ]
 
 
-def _mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
-    mask = [0] * len(offsets)
-    span = 0
-    for position, (start, end) in enumerate(offsets):
-        while span < len(spans) and spans[span][1] <= start:
-            span += 1
-        if span == len(spans):
-            break
-        mask[position] = int(position > 0 and end > spans[span][0] and end > start)
-    return mask
-
-
-def _ends(tokenizer: Any) -> list[str]:
-    # any special token ends a turn: <|im_end|>, <|eot_id|>, </s>, <end_of_turn>, ...
-    return [tokenizer.eos_token, *tokenizer.all_special_tokens]
-
-
-def _apply(tokenizer: Any, messages: Sequence[dict[str, str]], **options: Any) -> str:
-    from jinja2.exceptions import TemplateError
-
+def _stop_ids(tokenizer: Any, folder: Path | None) -> Iterable[int]:
+    yield tokenizer.eos_token_id
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
-    except TemplateError as error:
-        raise DataError(f"the chat template refuses the chat: {error}") from error
+        values = json.loads(((folder or Path()) / "generation_config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return
+    stops = values.get("eos_token_id") if isinstance(values, dict) else None
+    yield from [s for s in (stops if isinstance(stops, list) else [stops]) if isinstance(s, int)]
+
+
+@dataclass
+class Renderer:
+    """Renders and encodes chats of one `ChatFormat`."""
+
+    format: ChatFormat
+    loss: Loss = "assistant"
+    _ends: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        from tokenizers import Tokenizer
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        self._template = _compile_jinja_template(self.format.template)
+        self._names = {
+            **self._template.globals,
+            "tools": None,
+            "documents": None,
+            **self.format.special_tokens,
+        }
+        self._context = self._template.new_context(self._names, shared=True)
+        self.backend = Tokenizer.from_str(self.format.tokenizer)
+        # any special token may end a turn: <|im_end|>, <|eot_id|>, </s>, <end_of_turn>, ...
+        self._ends = (self.format.eos_token, *self.format.controls)
+        self._controls = _any_of(self.format.controls)
+        self._stops = _any_of(self.format.stop_tokens)
+        self._reads_tools = "tools" in self.format.template
+        self._reads_calls = "tool_calls" in self.format.template
+        # SentencePiece's kind may put a space before every text that is encoded: an answer encoded
+        # apart would start with one that serving does not have
+        self._apart = self.backend.encode("b", add_special_tokens=False).tokens == ["b"]
+        self._clean_border = lru_cache(65536)(self._clean_border_of)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def template_text(
+        self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False
+    ) -> str:
+        """The messages as text; with `prompt`, what a server gives the model to answer them.
+
+        Raises:
+            BadRow: the template refuses them.
+        """
+        from jinja2.exceptions import TemplateError
+
+        try:
+            if tools is None and all(len(m) == 2 for m in messages):
+                # What render_jinja_template does for plain messages, without copying them and
+                # without a new context, which takes as long as the rendering itself.
+                self._names |= {"messages": messages, "add_generation_prompt": prompt}
+                self._context.vars.clear()
+                self._context.exported_vars.clear()
+                return "".join(self._template.root_render_func(self._context))
+            from transformers.utils.chat_template_utils import render_jinja_template
+
+            texts, _ = render_jinja_template(
+                conversations=[list(messages)],
+                tools=tools,
+                chat_template=self.format.template,
+                add_generation_prompt=prompt,
+                **self.format.special_tokens,
+            )
+        except (
+            TemplateError,
+            ArithmeticError,
+            LookupError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+        ) as error:
+            # the template is the model's code: what it stumbles over is its word on the row
+            raise BadRow(
+                "template_error", f"the chat template refuses the chat: {_line(error)}"
+            ) from error
+        return texts[0]
+
+    def render(self, record: Record, loss: Loss | None = None) -> list[Rendered]:
+        """Render a row and find what is supervised; several where turns need rows of their own.
+
+        The last one is the conversation's end. `loss` overrides the renderer's own.
+
+        Raises:
+            BadRow: the template refuses the chat, leaves out its tools, or does not render an
+                answer as the continuation of its prompt (what training sees would not be what
+                serving renders).
+        """
+        if not record.messages:
+            self._check_controls(record.text)
+            text = self.format.bos_token + record.text + self.format.eos_token
+            return [Rendered(text, ((0, len(text)),))]
+        messages, tools = record.messages, record.tools
+        for message in messages:
+            for value in message.values():
+                if isinstance(value, str):
+                    self._check_controls(value)
+            if "tool_calls" in message:
+                if not self._reads_calls:
+                    raise BadRow("template_error", "the chat template does not render tool calls")
+                self._check_controls(json.dumps(message["tool_calls"], default=str))
+        if tools:
+            if not self._reads_tools:
+                raise BadRow("template_error", "the chat template does not render tools")
+            self._check_controls(json.dumps(tools, default=str))
+        loss = loss or self.loss
+        if loss == "all":
+            text, _ = self._ended(self.template_text(messages, tools))
+            return [Rendered(text, ((0, len(text)),))]
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        if loss == "last":
+            answers = answers[-1:]
+        rows: list[Rendered] = []
+        text, spans = "", []
+        for index in reversed(answers):
+            start, through = self._turn(messages, tools, index)
+            end = len(through)
+            if spans and not text.startswith(through):
+                rows.append(Rendered(text, tuple(reversed(spans))))
+                spans = []
+            if not spans:
+                text, end = self._ended(through)
+            spans.append((start, end))
+        rows.append(Rendered(text, tuple(reversed(spans))))
+        return rows[::-1]
+
+    def _turn(self, messages: Sequence[Message], tools: Any, index: int) -> tuple[int, str]:
+        """Start of the answer `messages[index]` in the text that ends with it, and that text."""
+        prompt = self.template_text(messages[:index], tools, prompt=True)
+        through = self.template_text(messages[: index + 1], tools)
+        if not through.startswith(prompt):
+            raise BadRow(
+                "round_trip",
+                "the chat template renders the answer differently in a conversation than after its "
+                "prompt, so that training would not see what serving renders: message "
+                f"{index + 1} of {len(messages)}",
+            )
+        answer = through[len(prompt) :]
+        # What the template puts behind the token that generation stops at, a line break or the end
+        # of the text (Phi-3), is not the model's to say.
+        stop = self._stops.search(answer)
+        answer = answer[: stop.end()] if stop else answer.rstrip()
+        if not answer:
+            raise BadRow(
+                "round_trip",
+                f"the chat template renders nothing of the answer, message {index + 1}",
+            )
+        return len(prompt), prompt + answer
+
+    def _ended(self, text: str) -> tuple[str, int]:
+        """The text with an end token, and its length."""
+        stripped = text.rstrip()
+        if stripped.endswith(self._ends):
+            return stripped, len(stripped)
+        # a template that does not end the last turn leaves the model no way to learn to stop
+        text = stripped + self.format.eos_token
+        return text, len(text)
+
+    def _check_controls(self, content: str) -> None:
+        if found := self._controls.search(content):
+            raise BadRow(
+                "control_token",
+                f"the text holds the control token {found.group()!r}, which would end or open a "
+                "turn where none does: escape or remove it",
+            )
+
+    def answer(self, rendered: Rendered) -> str:
+        """The text of the last answer as the model has to write it, without the end token.
+
+        That can be more than the row's own content: some templates put an empty thinking block
+        first.
+        """
+        start, end = rendered.spans[-1]
+        text = rendered.text[start:end]
+        for token in self._ends:
+            text = text.removesuffix(token)
+        return text
+
+    def too_long(self, rendered: Rendered, max_seq_len: int) -> bool:
+        """True where the text is longer than any `max_seq_len` tokens of the vocabulary can be."""
+        return len(rendered.text) > max_seq_len * self.format.longest_token
+
+    def encode(self, rows: Sequence[Rendered]) -> list[list[Tokens]]:
+        """Encode rendered texts; each gives one row, or one per turn where borders merge."""
+        encoded: list[list[Tokens]] = [[] for _ in rows]
+        apart, whole = [], []
+        for number, row in enumerate(rows):
+            one_turn = len(row.spans) == 1 and row.spans[0][0] > 0
+            (apart if self._apart and one_turn else whole).append(number)
+        self._encode_apart([rows[n] for n in apart], [encoded[n] for n in apart])
+        again = self._encode_whole([rows[n] for n in whole], [encoded[n] for n in whole])
+        for position in again:
+            row, into = rows[whole[position]], encoded[whole[position]]
+            turns = [Rendered(row.text[:end], ((start, end),)) for start, end in row.spans]
+            self._encode_apart(turns, [into] * len(turns))
+        return encoded
+
+    def _encode_apart(self, rows: Sequence[Rendered], into: Sequence[list[Tokens]]) -> None:
+        texts = []
+        for row in rows:
+            start, end = row.spans[0]
+            texts.append(row.text[:start])
+            texts.append(row.text[start:end])
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        for position, tokens in enumerate(into):
+            prompt, answer = encodings[2 * position].ids, encodings[2 * position + 1].ids
+            start = len(prompt)
+            prompt += answer
+            span = (max(start, 1), len(prompt))
+            tokens.append(Tokens(prompt, (span,) if span[0] < span[1] else ()))
+
+    def _encode_whole(self, rows: Sequence[Rendered], into: Sequence[list[Tokens]]) -> list[int]:
+        """Encode each text as a whole; returns the positions of rows that have to be taken apart.
+
+        A token that overlaps a supervised span is supervised.
+        """
+        encodings = self.backend.encode_batch([row.text for row in rows], add_special_tokens=False)
+        again = []
+        for position, (row, encoding) in enumerate(zip(rows, encodings, strict=True)):
+            if row.spans == ((0, len(row.text)),):
+                ids = encoding.ids
+                into[position].append(Tokens(ids, ((1, len(ids)),) if len(ids) > 1 else ()))
+                continue
+            spans, clean = _token_spans(encoding, row)
+            if self._apart and not (clean and self._clean_borders(row)):
+                again.append(position)
+            else:
+                into[position].append(Tokens(encoding.ids, spans))
+        return again
+
+    def _clean_borders(self, row: Rendered) -> bool:
+        return all(
+            self._clean_border(row.text[max(0, start - 8) : start], row.text[start : start + 2])
+            for start, _ in row.spans
+        )
+
+    def _clean_border_of(self, left: str, right: str) -> bool:
+        # Splitting rules look ahead from a run of white space to what follows it, so that a prompt
+        # which ends in one may be split differently alone; nothing else reaches over a border.
+        if not left[-1:].isspace():
+            return True
+        alone = self._ids(left)
+        return self._ids(left + right)[: len(alone)] == alone
+
+
+def _token_spans(encoding: Any, row: Rendered) -> tuple[tuple[tuple[int, int], ...], bool]:
+    """Token positions of the character spans, and whether tokens start and end where they do."""
+    spans, clean = [], True
+    offsets = None
+    length = len(encoding)
+    for start, end in row.spans:
+        first = encoding.char_to_token(start)
+        after = encoding.char_to_token(end) if end < len(row.text) else length
+        if first is None or after is None:  # a character that belongs to no token
+            offsets = offsets or encoding.offsets
+            first = next((i for i, (_, e) in enumerate(offsets) if e > start), length)
+            after = next((i for i, (s, _) in enumerate(offsets) if s >= end), length)
+            clean = False
+        else:
+            clean = clean and encoding.token_to_chars(first)[0] == start
+            if after < length and encoding.token_to_chars(after)[0] < end:
+                after, clean = after + 1, False
+        first = max(first, 1)
+        if first < after:
+            spans.append((first, after))
+    return tuple(spans), clean
+
+
+def fit(tokens: Tokens, max_seq_len: int, overflow: Overflow, bos_id: int | None) -> list[Tokens]:
+    """A row within `max_seq_len`: none where it is dropped, several where it is split."""
+    length = len(tokens.input_ids)
+    if length <= max_seq_len:
+        return [tokens]
+    if overflow == "drop":
+        return []
+    if overflow == "truncate_right":
+        return [tokens.cut(0, max_seq_len)]
+    if overflow == "truncate_left":
+        if tokens.input_ids[0] != bos_id:
+            return [tokens.cut(length - max_seq_len, length)]
+        kept = tokens.cut(length - max_seq_len + 1, length)  # models need their first token
+        spans = tuple((start + 1, end + 1) for start, end in kept.spans)
+        return [Tokens([tokens.input_ids[0], *kept.input_ids], spans)]
+    return [tokens.cut(i, min(i + max_seq_len, length)) for i in range(0, length, max_seq_len)]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _any_of(words: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, words)) or r"(?!)")

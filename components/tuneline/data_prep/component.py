@@ -12,8 +12,12 @@ def prepare_data(
     base_model: str,
     data: dict,
     dataset: dsl.Output[dsl.Dataset],
+    page: dsl.Output[dsl.HTML],
 ):
     """Check, render, tokenize, mask and split the rows for one base model."""
+    import shutil
+    from pathlib import Path
+
     from tuneline import steps
 
     steps.guard(
@@ -24,3 +28,4 @@ def prepare_data(
         run_id=run_id,
         experiment=experiment,
     )
+    shutil.copyfile(Path(dataset.path) / "contract.html", page.path)

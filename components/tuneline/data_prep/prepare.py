@@ -1,238 +1,289 @@
-"""Raw chats -> PreparedDataset: checked, rendered, tokenized, masked and split.
+"""Raw rows -> PreparedDataset: checked, rendered, tokenized, masked, split, and judged.
 
-Rows stream through in batches; what stays in memory is a digest a row (about 100 bytes) for finding
-duplicates. The split of a row is decided by a hash of its opening (what comes before the first
-answer), so that a growing data set never moves a row from one split to another, and a conversation
-and its continuation, which share answers to learn, are never in different ones.
+1. Sources are read as a stream of blocks, and each block is turned into tokens by one of several
+   processes, or found in the cache (`encode.py`).
+2. The ledger decides by a few numbers a row which ones stay: duplicates, near duplicates and rows
+   that resemble held-out ones go (`ledger.py`).
+3. The data contract is drawn up and held against its limits (`contract.py`). Only if it holds are
+   the rows that stay written, block by block.
+
+No step needs memory for more than a few blocks and about 100 bytes a row. The split of a row is
+decided by a hash of its opening (what comes before the first answer), so that a growing data set
+never moves a row from one split to another, and a conversation and its continuation, which share
+answers to learn, are never in different ones.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+import shutil
+import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from tuneline import artifacts, base_model
 from tuneline.artifacts import Artifact
 from tuneline.data_prep import chat
-from tuneline.data_prep.records import Record, digest_of_source, read_records
-from tuneline.errors import DataError
-from tuneline.progress import report
-from tuneline.recipe import DataSection
+from tuneline.data_prep.encode import (
+    SPLITS,
+    Plan,
+    cpu_count,
+    encode_blocks,
+    prune_cache,
+    row_schema,
+)
+from tuneline.data_prep.sources import Block, read_blocks
+from tuneline.errors import DataError, RegistryError
+from tuneline.progress import report, tick
+from tuneline.recipe import DataSection, Source
+from tuneline.tracking import Step, Untracked
 
 Split = Literal["train", "validation", "test"]
-SPLITS: Final[tuple[Split, ...]] = ("train", "validation", "test")
 TEST_ROWS: Final = "test_rows.jsonl"
 CONTRACT: Final = "contract.json"
-_BATCH_ROWS: Final = 1000
+PAGE: Final = "contract.html"
+TEMPLATE: Final = "chat_template.jinja"
+_SHARD_TOKENS: Final = 64 * 10**6
+_TICK_SECONDS: Final = 10.0
 
 
-@dataclass
-class SplitCounts:
-    """What went into one split."""
-
-    rows: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    longest_tokens: int = 0
-
-
-@dataclass
-class Contract:
-    """Counts of everything that came in, and why rows went missing."""
-
-    rows_in: int = 0
-    duplicates_dropped: int = 0
-    in_test_dropped: int = 0
-    """Training rows that open like a row of the test files."""
-    too_long_dropped: int = 0
-    splits: dict[str, SplitCounts] = field(
-        default_factory=lambda: {s: SplitCounts() for s in SPLITS}
-    )
-
-
-def prepare(model_reference: str, data: DataSection, output: Path) -> Artifact:
+def prepare(
+    model_reference: str, data: DataSection, output: Path, step: Step | None = None
+) -> Artifact:
     """Prepare a data set for one base model.
 
     Args:
         model_reference: the base model whose tokenizer and chat template render the rows.
-        data: sources, split and length limit.
+        data: sources, split, length limit and the contract's limits.
         output: folder of the PreparedDataset.
+        step: where the contract is recorded, also when it does not hold.
 
     Raises:
-        DataError: a file or row that can't be used, or a split without rows.
+        DataError: a file that can't be read, a broken contract, or a split without rows. The
+            contract's report stays beside `output` and with the step.
         ModelError: the base model can't be used.
     """
+    from tuneline.data_prep.ledger import Ledger
+
+    step = step or Untracked()
     base = base_model.resolve(model_reference)
     tokenizer = chat.load_tokenizer(str(base.path), trust_code=base.trusts_code)
-    contract = Contract()
+    chats = chat.chat_format(tokenizer, base.path, data.fallback_template)
+    plans = _plans(data, chats)
     with artifacts.writing(output) as aside:
-        with ExitStack() as stack:
-            sinks = {split: stack.enter_context(_ArrowSink(aside, split)) for split in SPLITS}
-            test_rows = stack.enter_context((aside / TEST_ROWS).open("w", encoding="utf-8"))
-            for split, record, rendered, tokens in _rows(tokenizer, data, contract):
-                sinks[split].add(tokens)
-                _count(contract.splits[split], tokens)
-                if split == "test":
-                    test_rows.write(_test_row(tokenizer, record, rendered) + "\n")
-        _check(contract, data)
-        (aside / CONTRACT).write_text(json.dumps(asdict(contract), indent=2) + "\n")
+        digests: dict[str, str] = {}
+        ledger = Ledger(plans)
+        _fill(ledger, data, digests, aside / "scratch")
+        shutil.rmtree(aside / "scratch", ignore_errors=True)
+        contract = _judge(ledger, data, tokenizer, chats.template, output, step)
+        _write_rows(ledger, aside)
+        (aside / TEMPLATE).write_text(chats.template, encoding="utf-8")
+        _write_contract(contract, aside)
         artifacts.seal(
             aside,
             kind="prepared_dataset",
             config=data.model_dump(mode="json"),
             base_model=base.identity(),
-            inputs={source: digest_of_source(source) for source in (*data.train, *data.test)},
+            inputs=digests,
         )
-    for split, counts in contract.splits.items():
-        share = counts.supervised_tokens / max(counts.tokens, 1)
-        report(f"{split}: {counts.rows} rows, {counts.tokens} tokens, {share:.0%} supervised")
+    prune_cache()
+    _tell(contract)
     return artifacts.load(output, "prepared_dataset")
 
 
-def _rows(
-    tokenizer: Any, data: DataSection, contract: Contract
-) -> Iterator[tuple[Split, Record, chat.Rendered, chat.Tokens]]:
-    test_openings: set[bytes] = set()
-    seen: dict[bool, set[bytes]] = {True: set(), False: set()}
-    # the named test files come first, so that training rows can be checked against them
-    for source, is_test in [(s, True) for s in data.test] + [(s, False) for s in data.train]:
-        records = read_records(source)
-        while batch := list(islice(records, _BATCH_ROWS)):
-            contract.rows_in += len(batch)
-            kept = []
-            for record in batch:
-                content = _digest(record.messages)
-                opening = _digest(_opening(record))
-                if content in seen[is_test]:
-                    contract.duplicates_dropped += 1
-                elif not is_test and opening in test_openings:
-                    contract.in_test_dropped += 1
-                else:
-                    seen[is_test].add(content)
-                    if is_test:
-                        test_openings.add(opening)
-                    kept.append((_split_of(opening, data, is_test), record))
-            yield from _render_batch(tokenizer, kept, data, contract)
-
-
-def _render_batch(
-    tokenizer: Any,
-    rows: Sequence[tuple[Split, Record]],
-    data: DataSection,
-    contract: Contract,
-) -> Iterator[tuple[Split, Record, chat.Rendered, chat.Tokens]]:
-    rendered = []
-    for _, record in rows:
-        try:
-            rendered.append(chat.render(tokenizer, record.messages))
-        except DataError as error:
-            raise DataError(f"{record.where}: {error}") from error
-    for (split, record), text, tokens in zip(
-        rows, rendered, chat.tokenize(tokenizer, rendered), strict=True
-    ):
-        if len(tokens.input_ids) > data.max_seq_len:
-            contract.too_long_dropped += 1
-        elif not any(tokens.supervised):
-            raise DataError(f"{record.where}: no token of the answer is left to learn from")
-        else:
-            yield split, record, text, tokens
-
-
-def _split_of(digest: bytes, data: DataSection, is_test: bool) -> Split:
-    if is_test:
-        return "test"
-    share = int.from_bytes(digest[:8], "big") / 2**64
-    test_fraction = 0.0 if data.test else data.test_fraction
-    if share < test_fraction:
-        return "test"
-    return "validation" if share < test_fraction + data.validation_fraction else "train"
-
-
-def _opening(record: Record) -> tuple[dict[str, str], ...]:
-    # a greeting of the assistant opens many different conversations
-    roles = [message["role"] for message in record.messages]
-    user = roles.index("user") if "user" in roles else 0
-    return record.messages[: roles.index("assistant", user)] or record.messages
-
-
-def _digest(messages: Iterable[dict[str, str]]) -> bytes:
-    text = json.dumps(list(messages), sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode("ascii")).digest()[:16]
-
-
-def _test_row(tokenizer: Any, record: Record, rendered: chat.Rendered) -> str:
-    row = {
-        "prompt": chat.render_prompt(tokenizer, record.messages[:-1]),
-        "question": "".join(message["content"] for message in record.messages[-2:-1]),
-        "reference": chat.answer(tokenizer, rendered),
-    }
-    return json.dumps(row, ensure_ascii=False)
-
-
-def _count(counts: SplitCounts, tokens: chat.Tokens) -> None:
-    counts.rows += 1
-    counts.tokens += len(tokens.input_ids)
-    counts.supervised_tokens += sum(tokens.supervised)
-    counts.longest_tokens = max(counts.longest_tokens, len(tokens.input_ids))
-
-
-def _check(contract: Contract, data: DataSection) -> None:
-    for split in SPLITS:
-        needed = split != "validation" or data.validation_fraction > 0
-        if needed and not contract.splits[split].rows:
-            lost = contract.rows_in - sum(c.rows for c in contract.splits.values())
-            raise DataError(
-                f"the {split} split has no rows ({contract.rows_in} came in, {lost} were dropped: "
-                f"{contract.too_long_dropped} longer than max_seq_len {data.max_seq_len}, "
-                f"{contract.duplicates_dropped} duplicates, {contract.in_test_dropped} also in the "
-                "test files): give more rows, a larger fraction or a larger max_seq_len"
-            )
-
-
-class _ArrowSink:
-    """Streams rows of one split into an Arrow file that `datasets` maps into memory."""
-
-    def __init__(self, folder: Path, split: Split) -> None:
-        import pyarrow as pa
-
-        self._schema = pa.schema(
-            [("input_ids", pa.list_(pa.int32())), ("supervised", pa.list_(pa.int8()))]
+def _plans(data: DataSection, chats: chat.ChatFormat) -> list[Plan]:
+    # what is held out comes first, so that of two equal rows it is the one that counts as known
+    sources = [(source, "evaluation") for source in data.evaluation_sets]
+    sources += [(source, "test") for source in data.test]
+    sources += [(source, "train") for source in data.train]
+    return [
+        Plan(
+            format=chats,
+            source=source,
+            role=role,
+            loss=data.loss,
+            # a long row of an evaluation set is compared with all the same
+            overflow="truncate_right" if role == "evaluation" else data.overflow,
+            max_seq_len=data.max_seq_len,
+            test_fraction=data.heldout_test_fraction,
+            validation_fraction=data.validation_fraction,
+            group_by=data.group_by,
         )
-        self._writer = pa.ipc.new_stream(str(folder / f"{split}.arrow"), self._schema)
-        self._rows: list[chat.Tokens] = []
+        for source, role in sources
+    ]
 
-    def add(self, tokens: chat.Tokens) -> None:
-        self._rows.append(tokens)
-        if len(self._rows) == _BATCH_ROWS:
-            self._flush()
 
-    def _flush(self) -> None:
+def _fill(ledger: Any, data: DataSection, digests: dict[str, str], scratch_folder: Path) -> None:
+    from tuneline.data_prep.duplicates import Scratch, find_similar
+
+    near = data.near_duplicate_similarity < 1
+    scratch = Scratch(scratch_folder) if near else None
+    blocks = _blocks([plan.source for plan in ledger.plans], digests)
+    told, rows, started = time.monotonic(), 0, time.monotonic()
+    for encoded in encode_blocks(ledger.plans, blocks, cpu_count()):
+        ledger.add(encoded, scratch.add if scratch else None)
+        rows += sum(counts["raw_rows"] for counts in ledger.counts) - rows
+        if time.monotonic() - told > _TICK_SECONDS:
+            told = time.monotonic()
+            tick(f"{rows:,} rows, {rows / (told - started):,.0f} rows/s")
+    if scratch is None:
+        ledger.settle(data, None)
+        return
+    scratch.finish()
+    ledger.settle(data, partial(find_similar, scratch, threshold=data.near_duplicate_similarity))
+
+
+def _blocks(sources: list[Source], digests: dict[str, str]) -> Iterator[tuple[int, Block]]:
+    for position, source in enumerate(sources):
+        for block in read_blocks(source, digests):
+            yield position, block
+
+
+def _judge(
+    ledger: Any, data: DataSection, tokenizer: Any, template: str, output: Path, step: Step
+) -> dict[str, Any]:
+    from tuneline.data_prep.contract import contract_of, violations
+
+    contract = contract_of(ledger, data, tokenizer, template)
+    faults = violations(contract)
+    if not faults and (empty := _empty_split(contract, data)):
+        faults = [empty]
+    if not faults:
+        return contract
+    contract["passed"] = False
+    contract["faults"] = faults
+    place = output.with_name(f"{output.name}.refused")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    _write_contract(contract, place)
+    places = str(place / PAGE)
+    # a failed step's outputs are not uploaded on a cluster, so the report goes with its run
+    try:
+        for name in (PAGE, CONTRACT):
+            step.log_file(place / name)
+        if not isinstance(step, Untracked):
+            places += f", and {PAGE} of this step's MLflow run"
+    except RegistryError as error:
+        report(f"warning: the report is not in MLflow: {error}")
+    examples = "".join(
+        f"\n  - {example['where']}: {example['sentence']}"
+        for example in contract["bad_row_examples"][:5]
+    )
+    raise DataError(f"the data contract is broken: {'; '.join(faults)}. See {places}{examples}")
+
+
+def _empty_split(contract: dict[str, Any], data: DataSection) -> str:
+    for split in SPLITS:
+        needed = split == "train" or (split == "test" or data.validation_fraction > 0)
+        if needed and not contract["splits"][split]["rows"]:
+            came = contract["rows_in"]
+            return (
+                f"the {split} split has no rows ({came} came in, "
+                f"{came - contract['rows_out']} were dropped: "
+                f"{contract['bad_rows_dropped']} can't be used, "
+                f"{contract['too_long_dropped']} longer than max_seq_len {data.max_seq_len}, "
+                f"{contract['unsupervised_dropped']} without a token to learn, "
+                f"{contract['duplicates_dropped']} duplicates, "
+                f"{contract['near_duplicates_dropped']} near duplicates, "
+                f"{contract['in_test_dropped']} also in the test files, "
+                f"{contract['leaking_dropped']} like a held-out row): give more rows, a larger "
+                "fraction or a larger max_seq_len"
+            )
+    return ""
+
+
+def _write_contract(contract: dict[str, Any], folder: Path) -> None:
+    from tuneline.data_prep.report import render_contract
+
+    text = json.dumps(contract, indent=2, ensure_ascii=False)
+    (folder / CONTRACT).write_text(text + "\n", encoding="utf-8")
+    (folder / PAGE).write_text(render_contract(contract), encoding="utf-8")
+
+
+def _write_rows(ledger: Any, folder: Path) -> None:
+    import numpy as np
+
+    sinks = [_Shards(folder, split) for split in SPLITS]
+    with (folder / TEST_ROWS).open("w", encoding="utf-8") as test_rows:
+        for number, block in enumerate(ledger.blocks):
+            part = ledger.rows_of(number)
+            times, group = ledger.times[part], ledger.group[part]
+            if not times.any():
+                continue
+            pieces = ledger.number("pieces")[part]
+            table = block.rows().drop_columns("row")
+            for position, sink in enumerate(sinks):
+                wanted = np.where(group == position, times, 0)
+                if wanted.any():
+                    sink.write(_repeated(table, np.repeat(wanted, pieces)))
+            if (group[times > 0] == SPLITS.index("test")).any():
+                keep = (group == SPLITS.index("test")) & (times > 0)
+                texts = block.index().column("test_row").filter(keep).to_pylist()
+                test_rows.writelines(f"{text}\n" for text in texts if text is not None)
+    for sink in sinks:
+        sink.close()
+
+
+def _repeated(table: Any, times: Any) -> Any:
+    import numpy as np
+    import pyarrow as pa
+
+    if times.max() <= 1:
+        return table.filter(pa.array(times > 0))
+    return table.take(pa.array(np.repeat(np.arange(len(times)), times)))
+
+
+class _Shards:
+    """Writes one split as Arrow streams of a bounded size, which `datasets` maps into memory."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self._folder, self._split, self._count = folder, split, 0
+        self._open()
+
+    def _open(self) -> None:
         import pyarrow as pa
 
-        columns = {
-            "input_ids": [row.input_ids for row in self._rows],
-            "supervised": [row.supervised for row in self._rows],
-        }
-        self._writer.write_table(pa.table(columns, schema=self._schema))
-        self._rows.clear()
+        path = self._folder / f"{self._split}-{self._count:05}.arrow"
+        self._writer = pa.ipc.new_stream(str(path), row_schema())
+        self._count += 1
+        self._tokens = 0
 
-    def __enter__(self) -> _ArrowSink:
-        return self
+    def write(self, table: Any) -> None:
+        """Append rows."""
+        if self._tokens > _SHARD_TOKENS:
+            self._writer.close()
+            self._open()
+        self._writer.write_table(table.combine_chunks())
+        self._tokens += sum(len(c.flatten()) for c in table.column("input_ids").chunks)
 
-    def __exit__(self, *_: object) -> None:
-        if self._rows:
-            self._flush()
+    def close(self) -> None:
+        """No more rows come."""
         self._writer.close()
+
+
+def _tell(contract: dict[str, Any]) -> None:
+    lost = {
+        "can't be used": contract["bad_rows_dropped"],
+        "too long": contract["too_long_dropped"],
+        "without a token to learn": contract["unsupervised_dropped"],
+        "duplicates": contract["duplicates_dropped"],
+        "near duplicates": contract["near_duplicates_dropped"],
+        "in the test files": contract["in_test_dropped"],
+        "like a held-out row": contract["leaking_dropped"],
+        "not in the sample": contract["not_sampled"],
+    }
+    dropped = ", ".join(f"{count} {reason}" for reason, count in lost.items() if count)
+    report(f"{contract['rows_in']} rows came in" + (f"; dropped: {dropped}" if dropped else ""))
+    for split, counts in contract["splits"].items():
+        share = counts["supervised_tokens"] / max(counts["tokens"], 1)
+        report(f"{split}: {counts['rows']} rows, {counts['tokens']} tokens, {share:.0%} supervised")
 
 
 def load_split(dataset: Artifact, split: Split) -> Any:
     """A `datasets.Dataset` over one split, mapped from disk, nothing copied."""
-    from datasets import Dataset
+    from datasets import Dataset, concatenate_datasets
 
-    return Dataset.from_file(str(dataset.path / f"{split}.arrow"))
+    shards = sorted(dataset.path.glob(f"{split}-*.arrow"))
+    return concatenate_datasets([Dataset.from_file(str(shard)) for shard in shards])

@@ -197,7 +197,12 @@ def batches_of(
 ) -> DataLoader[dict[str, Tensor]]:
     """A loader over one split of a PreparedDataset; `seed` None is evaluation order."""
     rows = load_split(dataset, split)
-    lengths = rows.data.column("input_ids").combine_chunks().value_lengths().to_pylist()
+    # chunk by chunk: a column of more than 2^31 tokens can't be one
+    lengths = [
+        length
+        for chunk in rows.data.column("input_ids").chunks
+        for length in chunk.value_lengths().to_pylist()
+    ]
     return DataLoader(
         _Rows(rows),
         batch_sampler=TokenBudgetSampler(lengths, batch_tokens, seed, layout, rank, world_size),

@@ -1,0 +1,616 @@
+"""Blocks of raw rows -> blocks of tokens, in as many processes as there are cores, kept by content.
+
+An encoded block is named by the digest of its raw rows and of everything that decides their tokens,
+and stays in the cache: input that was prepared before is not tokenized again, and a run that was
+stopped goes on where it was. A block is two Arrow files; the second is written last, so that its
+presence says that the block is whole:
+
+    KEY.rows     what is trained on: input_ids, supervised, and `row`, the raw row it came from
+    KEY.index    one entry a raw row that can be used, with its hashes and counts; the rows that
+                 can't be used, with their reasons, are in its metadata
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any, Final
+
+from tuneline.artifacts import digest_of
+from tuneline.base_model import cache_dir
+from tuneline.data_prep.chat import ChatFormat, Loss, Overflow, Rendered, Renderer, Tokens, fit
+from tuneline.data_prep.records import (
+    BadRow,
+    Record,
+    canonical,
+    opening,
+    parse_line,
+    parse_record,
+)
+from tuneline.data_prep.sources import Block
+from tuneline.errors import DataError
+from tuneline.recipe import Source
+
+_VERSION: Final = 1
+"""Raise it with every change to what a raw row becomes."""
+_DECIDES: Final = ("jinja2", "rensa", "tokenizers", "transformers")
+_ROWS_AT_ONCE: Final = 250
+_SAMPLES: Final = 10
+_EXAMPLES: Final = 5
+_PRELOADED: Final = [
+    "jinja2",
+    "numpy",
+    "pyarrow",
+    "rensa",
+    "tokenizers",
+    "transformers.utils.chat_template_utils",
+    "tuneline.data_prep.duplicates",
+    "tuneline.data_prep.encode",
+]
+"""Imported once, by the server that the workers are forked from."""
+_CACHE_BYTES: Final = 20 * 10**9
+SPLITS: Final = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides what a raw row becomes, as plain values that another process can take."""
+
+    format: ChatFormat
+    source: Source
+    role: str
+    """`train`, `test` or `evaluation`."""
+    loss: Loss
+    overflow: Overflow
+    max_seq_len: int
+    test_fraction: float
+    validation_fraction: float
+    group_by: str
+
+    def key(self) -> str:
+        """Digest of everything but the rows."""
+        return digest_of(
+            [
+                _VERSION,
+                [version(package) for package in _DECIDES],
+                hashlib.sha256(self.format.tokenizer.encode()).hexdigest(),
+                self.format.template,
+                self.format.special_tokens,
+                self.format.eos_token,
+                self.format.bos_token,
+                self.format.controls,
+                sorted(self.format.stop_ids),
+                self.source.format,
+                self.source.columns,
+                self.role,
+                self.loss,
+                self.overflow,
+                self.max_seq_len,
+                self.test_fraction,
+                self.validation_fraction,
+                self.group_by,
+            ]
+        )
+
+
+@dataclass
+class EncodedBlock:
+    """A block in the cache."""
+
+    path: Path
+    block: Block
+    """Its payload is dropped: the raw rows are no longer needed."""
+    plan: int
+    """Position of its plan."""
+
+    def index(self) -> Any:
+        """The index as a pyarrow table."""
+        return _read(self.path.with_suffix(".index"))
+
+    def rows(self) -> Any:
+        """The rows as a pyarrow table."""
+        return _read(self.path.with_suffix(".rows"))
+
+
+def _read(path: Path) -> Any:
+    import pyarrow as pa
+
+    try:
+        with pa.OSFile(str(path)) as file:
+            return pa.ipc.open_file(file).read_all()
+    except (pa.ArrowException, OSError) as error:
+        with contextlib.suppress(OSError):
+            path.with_suffix(".index").unlink()
+        raise DataError(
+            f"the cached block {path} went away or is damaged: run the step again, it is made anew"
+        ) from error
+
+
+@dataclass
+class _Columns:
+    """What the index of a block holds, row by row."""
+
+    row: list[int] = field(default_factory=list)
+    content: list[int] = field(default_factory=list)
+    opening: list[int] = field(default_factory=list)
+    group: list[int] = field(default_factory=list)
+    id: list[int] = field(default_factory=list)
+    split: list[int] = field(default_factory=list)
+    pieces: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    supervised: list[int] = field(default_factory=list)
+    longest: list[int] = field(default_factory=list)
+    ends: list[bool] = field(default_factory=list)
+    test_row: list[str | None] = field(default_factory=list)
+
+
+_DTYPES: Final = {
+    "row": "uint32", "content": "uint64", "opening": "uint64", "group": "uint64", "id": "uint64", "split": "int8",
+    "pieces": "uint32", "tokens": "uint32", "supervised": "uint32", "longest": "uint32",
+    "ends": "bool_", "test_row": "string",
+}  # fmt: skip
+
+
+class Encoder:
+    """Turns raw blocks into tokens, for one plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.renderer = Renderer(plan.format, plan.loss)
+
+    def encode(self, block: Block, path: Path) -> None:
+        """Write the block's rows and index beside `path`."""
+        faults: list[tuple[int, str, str]] = []
+        counts: Counter[str] = Counter(raw_rows=len(block.too_long), too_long=len(block.too_long))
+        samples: list[dict[str, Any]] = []
+        columns = _Columns()
+        words: list[str] = []
+        sink = _RowSink(path)
+        kept: list[tuple[int, Record, Any]] = []
+        for row, value in _raw_rows(block):
+            counts["raw_rows"] += 1
+            if isinstance(value, BadRow):
+                faults.append((row, value.reason, str(value)))
+                continue
+            try:
+                record = parse_record(value, self.plan.source)
+                rendered = self.renderer.render(record)
+                group = self._group(value)
+            except BadRow as error:
+                faults.append((row, error.reason, str(error)))
+                continue
+            counts[f"format:{record.format}"] += 1
+            if self.plan.overflow == "drop" and any(
+                self.renderer.too_long(r, self.plan.max_seq_len) for r in rendered
+            ):
+                counts["too_long"] += 1
+                continue
+            kept.append((row, record, (rendered, group, _identity(value))))
+            if len(kept) == _ROWS_AT_ONCE:
+                self._encode_rows(kept, columns, words, sink, counts, samples)
+                kept.clear()
+        self._encode_rows(kept, columns, words, sink, counts, samples)
+        sink.finish()
+        bad = Counter(reason for _, reason, _ in faults)
+        examples = []
+        for reason in bad:
+            examples += [f for f in faults if f[1] == reason][:_EXAMPLES]
+        metadata = {
+            "counts": dict(counts),
+            "bad": dict(bad),
+            "examples": examples,
+            "samples": samples,
+            "rows_bytes": path.with_suffix(".rows").stat().st_size,
+        }
+        _write_index(path, columns, words, metadata)
+
+    def _group(self, row: dict[str, Any]) -> int:
+        """Hash of what the row is grouped by; 0 for nothing."""
+        if not self.plan.group_by:
+            return 0
+        value = row.get(self.plan.group_by)
+        if value is not None:
+            text = json.dumps(value, sort_keys=True, default=str)
+            return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") | 1
+        if self.plan.role == "train":
+            raise BadRow("missing_column", f"has no column '{self.plan.group_by}' to group by")
+        return 0
+
+    def _encode_rows(
+        self,
+        kept: list[tuple[int, Record, Any]],
+        columns: _Columns,
+        words: list[str],
+        sink: _RowSink,
+        counts: Counter[str],
+        samples: list[dict[str, Any]],
+    ) -> None:
+        plan = self.plan
+        texts = [text for _, _, (rendered, _, _) in kept for text in rendered]
+        encoded = iter(self.renderer.encode(texts))
+        for row, record, (rendered, group, identity) in kept:
+            whole = [tokens for _ in rendered for tokens in next(encoded)]
+            content, opened = _hashes(record)
+            split = self._split(group or opened)
+            if split == "test":
+                # scored by its last answer: one row, which is a test row's own
+                whole = whole[-1:]
+            overflow = plan.overflow
+            if split == "test" and overflow == "split":
+                overflow = "truncate_left"
+            pieces = [
+                piece
+                for tokens in whole
+                for piece in fit(tokens, plan.max_seq_len, overflow, plan.format.bos_id)
+            ]
+            counts["overflowed"] += sum(len(t.input_ids) > plan.max_seq_len for t in whole)
+            counts["turns_apart"] += len(whole) > 1
+            if not pieces:
+                counts["too_long"] += 1
+                continue
+            learnable = [piece for piece in pieces if piece.spans]
+            if plan.role == "evaluation":  # only compared with
+                learnable = pieces
+            counts["pieces_unsupervised"] += len(pieces) - len(learnable)
+            if len(pieces) > len(whole):
+                counts["rows_split"] += 1
+            if not learnable:
+                counts["unsupervised"] += 1
+                continue
+            columns.row.append(row)
+            columns.content.append(content)
+            columns.opening.append(opened)
+            columns.group.append(group)
+            columns.id.append(identity)
+            columns.split.append(SPLITS.index(split))
+            columns.pieces.append(len(learnable))
+            columns.tokens.append(sum(len(p.input_ids) for p in learnable))
+            columns.supervised.append(sum(e - s for p in learnable for s, e in p.spans))
+            columns.longest.append(max(len(p.input_ids) for p in learnable))
+            last = learnable[-1]
+            columns.ends.append(
+                bool(last.spans) and last.input_ids[last.spans[-1][1] - 1] in plan.format.stop_ids
+            )
+            columns.test_row.append(
+                self._test_row(record, rendered[-1])
+                if split == "test" and plan.role != "evaluation" and record.messages
+                else None
+            )
+            words.append(record.words)
+            if plan.role != "evaluation":
+                for piece in learnable:
+                    sink.add(row, piece)
+            if len(samples) < _SAMPLES and plan.role != "evaluation":
+                samples.append(self._sample(row, record, rendered[-1], whole[-1], split))
+
+    def _split(self, opened: int) -> str:
+        if self.plan.role != "train":
+            return "test"
+        share = opened / 2**64
+        if share < self.plan.test_fraction:
+            return "test"
+        held = self.plan.test_fraction + self.plan.validation_fraction
+        return "validation" if share < held else "train"
+
+    def _test_row(self, record: Record, rendered: Rendered) -> str:
+        messages = record.messages
+        if self.plan.loss == "all":
+            rendered = self.renderer.render(record, "last")[-1]
+        question = next((m for m in reversed(messages[:-1]) if m["role"] == "user"), {})
+        row = {
+            "prompt": self.renderer.template_text(messages[:-1], record.tools, prompt=True),
+            "question": question.get("content", ""),
+            "reference": self.renderer.answer(rendered),
+            "columns": record.columns,
+        }
+        return json.dumps(row, ensure_ascii=False)
+
+    def _sample(
+        self, row: int, record: Record, rendered: Rendered, tokens: Tokens, split: str
+    ) -> dict[str, Any]:
+        return {
+            "row": row,
+            "split": split,
+            "messages": record.messages,
+            "tools": record.tools,
+            "text": rendered.text[:20000],
+            "spans": rendered.spans,
+            "input_ids": tokens.input_ids[:8000],
+            "whole": len(rendered.spans) > 1 or self.plan.loss == "all" or not record.messages,
+        }
+
+
+def _raw_rows(block: Block) -> Iterator[tuple[int, Any]]:
+    if block.kind == "arrow":
+        import pyarrow as pa
+
+        rows = pa.ipc.open_stream(block.payload).read_all().to_pylist()
+        yield from enumerate(rows)
+        return
+    skipped = set(block.too_long)
+    for row, line in enumerate(block.payload.split(b"\n")):
+        if row in skipped or not line or line.isspace():
+            continue
+        try:
+            yield row, parse_line(line)
+        except BadRow as error:
+            yield row, error
+
+
+def _hashes(record: Record) -> tuple[int, int]:
+    """64-bit hashes of the whole row, and of its opening."""
+    if not record.messages:
+        digest = hashlib.blake2b(record.text.encode(), digest_size=8).digest()
+        content = opened = int.from_bytes(digest, "big")
+    else:
+        start = len(opening(record.messages))
+        state = hashlib.blake2b(digest_size=8)
+        opened = 0
+        for number, piece in enumerate(canonical(record.messages), 1):
+            state.update(b"%d:" % len(piece))
+            state.update(piece)
+            if number == start:
+                opened = int.from_bytes(state.copy().digest(), "big")
+        if record.tools:
+            state.update(json.dumps(record.tools, sort_keys=True, default=str).encode())
+        content = int.from_bytes(state.digest(), "big")
+    return content, opened
+
+
+def _identity(value: Any) -> int:
+    """Hash of the row's `id`; 0 for none."""
+    identity = value.get("id")
+    if not isinstance(identity, (str, int)) or identity == "":
+        return 0
+    digest = hashlib.blake2b(str(identity).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") | 1
+
+
+ROW_FIELDS: Final = (("input_ids", "int32"), ("supervised", "int8"))
+
+
+def row_schema(*, with_row: bool = False) -> Any:
+    """Arrow schema of what is trained on."""
+    import pyarrow as pa
+
+    fields = [(name, pa.list_(getattr(pa, kind)())) for name, kind in ROW_FIELDS]
+    return pa.schema(fields + ([("row", pa.uint32())] if with_row else []))
+
+
+class _RowSink:
+    """Gathers the rows of one block and writes them at its end."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.with_suffix(".rows")
+        self._ids: list[int] = []
+        self._lengths: list[int] = []
+        self._rows: list[int] = []
+        self._spans: list[tuple[int, int]] = []
+
+    def add(self, row: int, tokens: Tokens) -> None:
+        base = len(self._ids)
+        self._ids += tokens.input_ids
+        self._lengths.append(len(tokens.input_ids))
+        self._rows.append(row)
+        self._spans += [(base + start, base + end) for start, end in tokens.spans]
+
+    def finish(self) -> None:
+        import numpy as np
+        import pyarrow as pa
+
+        ids = np.fromiter(self._ids, np.int32, len(self._ids))
+        steps = np.zeros(len(ids) + 1, np.int8)
+        if self._spans:
+            bounds = np.asarray(self._spans, np.int64)
+            np.add.at(steps, bounds[:, 0], 1)
+            np.add.at(steps, bounds[:, 1], -1)
+        mask = np.cumsum(steps[:-1], dtype=np.int8)
+        offsets = pa.array(np.concatenate([[0], np.cumsum(self._lengths)]).astype(np.int32))
+        table = pa.table(
+            [
+                pa.ListArray.from_arrays(offsets, pa.array(ids)),
+                pa.ListArray.from_arrays(offsets, pa.array(mask)),
+                pa.array(self._rows, pa.uint32()),
+            ],
+            schema=row_schema(with_row=True),
+        )
+        _write(self._path, table)
+
+
+def _write_index(path: Path, columns: _Columns, words: list[str], metadata: dict[str, Any]) -> None:
+    import pyarrow as pa
+
+    from tuneline.data_prep.duplicates import PERMUTATIONS, signatures
+
+    arrays = {
+        name: pa.array(getattr(columns, name), getattr(pa, kind)())
+        for name, kind in _DTYPES.items()
+    }
+    flat = pa.array(signatures(words).reshape(-1))
+    arrays["signature"] = pa.FixedSizeListArray.from_arrays(flat, PERMUTATIONS)
+    table = pa.table(arrays).replace_schema_metadata({"tuneline": json.dumps(metadata)})
+    _write(path.with_suffix(".index"), table)
+
+
+def _write(path: Path, table: Any) -> None:
+    import pyarrow as pa
+
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def metadata_of(index: Any) -> dict[str, Any]:
+    """What a block's index says besides its rows."""
+    return json.loads(index.schema.metadata[b"tuneline"])
+
+
+# --- in processes
+
+
+_encoders: dict[int, Encoder] = {}
+
+
+def _start_worker(plans: list[Plan]) -> None:
+    import gc
+    import multiprocessing
+    import threading
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is parallel enough
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # a killed run leaves no orphans
+
+        def follow() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=follow, daemon=True).start()
+    _encoders.clear()
+    _encoders.update(enumerate(map(Encoder, plans)))
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # blocks are bounded and hold no cycles
+
+
+def _encode_in_worker(plan: int, block: Block, path: Path) -> None:
+    _encoders[plan].encode(block, path)
+
+
+def cpu_count() -> int:
+    """Cores that this process may use: its affinity and, in a container, its CPU limit."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores or 1, max(1, math.ceil(int(quota) / int(period))))
+    return cores or 1
+
+
+def encode_blocks(
+    plans: list[Plan], blocks: Iterable[tuple[int, Block]], workers: int
+) -> Iterator[EncodedBlock]:
+    """Encode what the cache doesn't hold; yields the blocks in their order.
+
+    Args:
+        plans: one per source.
+        blocks: position of the plan, and the raw rows.
+        workers: processes; a single block is encoded in this one.
+
+    Raises:
+        DataError: a process died.
+    """
+    folder = cache_dir() / "tokens"
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = [plan.key() for plan in plans]
+    pending: deque[tuple[EncodedBlock, Future[None] | None]] = deque()
+    iterator = iter(blocks)
+    with contextlib.ExitStack() as stack:
+        pool: ProcessPoolExecutor | None = None
+        first: list[tuple[int, Block]] = list(_upto(iterator, 2))
+        alone = len(first) < 2 or workers < 2
+        here: dict[int, Encoder] = {}
+        for number, block in chain(first, iterator):
+            path = folder / _block_key(keys[number], block)
+            bare = Block(block.kind, b"", block.file, block.first, block.unit)
+            encoded = EncodedBlock(path, bare, number)
+            if _is_cached(path):
+                pending.append((encoded, None))
+            elif alone:
+                if number not in here:
+                    here[number] = Encoder(plans[number])
+                here[number].encode(block, path)
+                pending.append((encoded, None))
+            else:
+                pool = pool or stack.enter_context(_pool(plans, workers))
+                pending.append((encoded, pool.submit(_encode_in_worker, number, block, path)))
+            while pending and (len(pending) > 2 * workers or pending[0][1] is None):
+                yield _finished(*pending.popleft())
+        while pending:
+            yield _finished(*pending.popleft())
+
+
+def _upto(blocks: Iterator[tuple[int, Block]], count: int) -> Iterator[tuple[int, Block]]:
+    for _ in range(count):
+        if (block := next(blocks, None)) is None:
+            return
+        yield block
+
+
+def _block_key(plan: str, block: Block) -> str:
+    digest = hashlib.sha256(f"{plan} {block.kind} {block.too_long} ".encode())
+    digest.update(block.payload)
+    return digest.hexdigest()
+
+
+def _is_cached(path: Path) -> bool:
+    rows, index = path.with_suffix(".rows"), path.with_suffix(".index")
+    import pyarrow as pa
+
+    try:
+        with pa.OSFile(str(index)) as file:
+            metadata = json.loads(pa.ipc.open_file(file).schema.metadata[b"tuneline"])
+        if metadata["rows_bytes"] != rows.stat().st_size:
+            return False
+        os.utime(index)  # what is used is not pruned
+        return True
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError):
+        return False
+
+
+@contextlib.contextmanager
+def _pool(plans: list[Plan], workers: int) -> Iterator[ProcessPoolExecutor]:
+    import multiprocessing
+
+    context = multiprocessing.get_context("forkserver")  # fork would copy threads that hold locks
+    context.set_forkserver_preload(_PRELOADED)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (plans,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _finished(encoded: EncodedBlock, future: Future[None] | None) -> EncodedBlock:
+    if future is not None:
+        try:
+            future.result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"a process that tokenized {encoded.block.where(0)} and the rows after it died, "
+                "most likely for want of memory: give the step more memory or fewer cores and run "
+                "it again; the blocks that were done are kept"
+            ) from error
+    return encoded
+
+
+def prune_cache(limit_bytes: int = _CACHE_BYTES) -> None:
+    """Remove the blocks that were not used for longest, beyond the limit."""
+    folder = cache_dir() / "tokens"
+    entries = []
+    for index in folder.glob("*.index"):
+        with contextlib.suppress(OSError):
+            status = index.stat()
+            rows = index.with_suffix(".rows")
+            entries.append((status.st_mtime, status.st_size + rows.stat().st_size, index, rows))
+    total = sum(size for _, size, _, _ in entries)
+    for _, size, index, rows in sorted(entries):
+        if total <= limit_bytes:
+            return
+        for path in (index, rows):
+            path.unlink(missing_ok=True)
+        total -= size

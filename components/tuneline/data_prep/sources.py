@@ -1,0 +1,453 @@
+"""Sources -> blocks of raw rows, streamed, with the digest of what was read.
+
+A block is a few thousand rows that were not looked into yet: the lines of a JSON-lines file as they
+are, or a batch of a table. What is in a block is its identity, so that rows that were prepared
+before are known again, also when the file grew at its end.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Final, Literal
+
+from tuneline.artifacts import digest_of
+from tuneline.errors import DataError
+from tuneline.recipe import Source
+
+DEMO_SOURCES: Final = {"demo:train": ("TRAIN", 650, 1), "demo:test": ("TEST", 100, 2)}
+"""Source name -> vocabulary, rows, seed of the generator."""
+BLOCK_ROWS: Final = 2000
+BLOCK_BYTES: Final = 8 * 2**20
+MAX_ROW_BYTES: Final = 4 * 2**20
+"""A longer row is dropped as too long without being read into memory."""
+_PIECE: Final = 2**20
+_LARGEST_ITEM: Final = 64 * 2**20
+_SPACE: Final = re.compile(r"[ \t\n\r]*")
+_FORMATS: Final = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
+_REMOTE: Final = {"s3": "s3fs (pip install 'tuneline[s3]')", "gs": "gcsfs ('tuneline[gcs]')"}
+_HUB: Final = "hf://"
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_ALLOWED: Final = (
+    f"give {', '.join(_FORMATS)}, each also .gz or .zst, as a local file, folder or glob, "
+    f"hf://org/name, s3://, gs://, or {', '.join(DEMO_SOURCES)}"
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Raw rows of one file that go through the preparation together.
+
+    Attributes:
+        kind: `jsonl`: one JSON object a line, or `arrow`: a record batch as an IPC stream.
+        payload: the rows.
+        file: the file or data set they are of, for messages.
+        first: number of the first row in its file, from 1.
+        unit: what the file's rows are called, `line` or `row`.
+        too_long: of these rows (counted from 0) only the size was read; the payload has none.
+    """
+
+    kind: Literal["jsonl", "arrow"]
+    payload: bytes
+    file: str
+    first: int
+    unit: str = "line"
+    too_long: tuple[int, ...] = ()
+
+    def where(self, row: int) -> str:
+        """The place of a row, counted from 0, for a person."""
+        return f"{self.file} {self.unit} {self.first + row}"
+
+
+def read_blocks(source: Source, digests: dict[str, str]) -> Iterator[Block]:
+    """Stream a source's rows.
+
+    Args:
+        source: where they are.
+        digests: gets `path -> digest` of each file when its last row has been read.
+
+    Raises:
+        DataError: nothing there, or a file that is empty, cut short or not what its name says.
+    """
+    if source.path in DEMO_SOURCES:
+        yield from _demo(source, digests)
+    elif source.path.startswith(_HUB):
+        yield from _hub(source, digests)
+    else:
+        for name, open_file in _files(source):
+            yield from _file_blocks(name, open_file, digests)
+
+
+def _demo(source: Source, digests: dict[str, str]) -> Iterator[Block]:
+    from tuneline.demo import orders
+
+    vocabulary, rows, seed = DEMO_SOURCES[source.path]
+    words = getattr(orders, vocabulary)
+    yield from _json_blocks(orders.generate(words, rows, seed), source.path)
+    digests[source.path] = digest_of([asdict(words), rows, seed])
+
+
+_Open = Callable[[], AbstractContextManager[IO[bytes]]]
+
+
+def _files(source: Source) -> list[tuple[str, _Open]]:
+    scheme, separator, _ = source.path.partition("://")
+    if separator:
+        return _remote_files(source.path, scheme)
+    try:
+        paths = _local_paths(source.path)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home of such a user
+        raise _unreadable(source.path, getattr(error, "strerror", None) or str(error)) from error
+    return [(name, lambda path=path: path.open("rb")) for name, path in paths]
+
+
+def _local_paths(pattern: str) -> list[tuple[str, Path]]:
+    if "\0" in pattern:
+        raise ValueError("embedded null byte")
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and _suffixes(p.name)[0])
+        if not found:
+            raise _unreadable(pattern, f"the folder has no file that ends in {', '.join(_FORMATS)}")
+        return [(str(p), p) for p in found]
+    if not path.exists() and any(character in pattern for character in "*?["):
+        anchor = Path(path.anchor or ".")
+        relative = str(path.relative_to(path.anchor)) if path.anchor else str(path)
+        found = sorted(p for p in anchor.glob(relative) if p.is_file())
+        if not found:
+            raise _unreadable(pattern, "no file matches")
+        return [(str(p), p) for p in found]
+    if path.exists() and not path.is_file():
+        raise _unreadable(pattern, "not a regular file")
+    return [(pattern, path)]
+
+
+def _remote_files(pattern: str, scheme: str) -> list[tuple[str, _Open]]:
+    if scheme not in _REMOTE:
+        raise _unreadable(pattern, f"scheme '{scheme}://' is unknown")
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(pattern)
+        if any(character in path for character in "*?["):
+            found = sorted(map(str, system.glob(path)))
+        elif system.isdir(path):
+            found = sorted(p for p in map(str, system.find(path)) if _suffixes(p)[0])
+        else:
+            found = [path]
+    except ImportError as error:
+        raise DataError(f"data file {pattern}: {scheme}:// needs {_REMOTE[scheme]}") from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(pattern, str(error)) from error
+    if not found:
+        raise _unreadable(pattern, "no file matches")
+    return [
+        (f"{scheme}://{p.removeprefix(f'{scheme}://').lstrip('/')}",
+         lambda p=p: system.open(p, "rb"))
+        for p in found
+    ]  # fmt: skip
+
+
+def _unreadable(name: str, why: str) -> DataError:
+    return DataError(f"data file {_shown(name)} can't be read ({why}): {_ALLOWED}")
+
+
+def _shown(name: str) -> str:
+    return name if name.isprintable() else repr(name)
+
+
+def _suffixes(name: str) -> tuple[str, str]:
+    """Format and compression of a file by its name, empty where unknown or none."""
+    stem, compression = name.lower(), ""
+    for ending in (".gz", ".zst"):
+        if stem.endswith(ending):
+            stem, compression = stem.removesuffix(ending), ending
+    return next((f for f in _FORMATS if stem.endswith(f)), ""), compression
+
+
+def _file_blocks(name: str, open_file: _Open, digests: dict[str, str]) -> Iterator[Block]:
+    # file systems allow names that no report could be written with
+    name = name.encode("utf-8", "backslashreplace").decode()
+    form, compression = _suffixes(name)
+    if not form:
+        raise _unreadable(name, f"the name ends in none of {', '.join(_FORMATS)}")
+    count = 0
+    try:
+        with open_file() as raw:
+            hashing = _Hashing(raw)
+            for block in _READERS[form](name, hashing, compression):
+                count += 1
+                yield block
+            digests[name] = hashing.digest()
+    except DataError:
+        raise
+    except EOFError as error:
+        raise DataError(f"data file {name} is cut short: copy it again") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"data file {name} is not a {compression} file: {error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"data file {name} is not UTF-8 ({error.reason}): save it as UTF-8"
+        ) from error
+    except OSError as error:
+        if compression == ".zst" and type(error) is OSError and error.errno is None:
+            raise DataError(f"data file {name} is damaged or cut short: {error}") from error
+        raise _unreadable(name, error.strerror or str(error)) from error
+    if not count:
+        raise DataError(f"data file {name} is empty: it needs one row at least")
+
+
+class _Hashing(io.RawIOBase):
+    """Reads through, in order, and hashes what passes."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+        self._digest = hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._raw.read(len(buffer))
+        buffer[: len(piece)] = piece
+        self._digest.update(piece)
+        return len(piece)
+
+    def digest(self) -> str:
+        """Of the whole file: what a reader left is read too."""
+        while piece := self._raw.read(2**20):
+            self._digest.update(piece)
+        return f"sha256:{self._digest.hexdigest()}"
+
+
+def _decompressed(raw: _Hashing, compression: str) -> io.BufferedReader:
+    if compression == ".gz":
+        stream: Any = gzip.GzipFile(fileobj=io.BufferedReader(raw, 2**20), mode="rb")
+    elif compression == ".zst":
+        import pyarrow as pa
+
+        stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
+    else:
+        stream = raw
+    return io.BufferedReader(stream, 2**20)
+
+
+def _lines(name: str, raw: _Hashing, compression: str) -> Iterator[Block]:
+    with _decompressed(raw, compression) as file:
+        start = file.peek(4)[:4]
+        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise DataError(f"data file {name} is UTF-16: save it as UTF-8")
+        if start.startswith(codecs.BOM_UTF8):
+            file.read(len(codecs.BOM_UTF8))
+        yield from _blocks_of_lines(name, file)
+
+
+def _blocks_of_lines(name: str, file: io.BufferedReader) -> Iterator[Block]:
+    number, lines, size, too_long, any_row = 1, [], 0, [], False
+    while line := file.readline(MAX_ROW_BYTES + 1):
+        if len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
+            too_long.append(len(lines))
+            while line and not line.endswith(b"\n"):
+                line = file.readline(2**20)
+            line = b"\n"
+        lines.append(line)
+        size += len(line)
+        any_row = any_row or bool(too_long) or not line.isspace()
+        if len(lines) == BLOCK_ROWS or size >= BLOCK_BYTES:
+            yield Block("jsonl", b"".join(lines), name, number, too_long=tuple(too_long))
+            number += len(lines)
+            lines, size, too_long = [], 0, []
+    if lines and any_row:
+        yield Block("jsonl", b"".join(lines), name, number, too_long=tuple(too_long))
+    elif not any_row and number > 1:
+        raise DataError(f"data file {name} is empty: it has blank lines only")
+
+
+def _json(name: str, raw: _Hashing, compression: str) -> Iterator[Block]:
+    with _decompressed(raw, compression) as file:
+        if file.peek(3)[:3] == codecs.BOM_UTF8:
+            file.read(3)
+        while (start := file.peek(1)[:1]) and start.isspace():
+            file.read(1)
+        if start == b"[":
+            yield from _json_blocks(_items(name, file), name)
+        else:  # many data sets name JSON lines .json
+            yield from _blocks_of_lines(name, file)
+
+
+def _items(name: str, file: io.BufferedReader) -> Iterator[Any]:
+    """The items of a JSON array, one at a time."""
+    text = io.TextIOWrapper(file, encoding="utf-8")
+    decoder = json.JSONDecoder()
+    buffer, position, ended, number, comma = text.read(_PIECE), 1, False, 0, False
+    while True:
+        position = _SPACE.match(buffer, position).end()  # pyright: ignore[reportOptionalMemberAccess]  it matches nothing at least
+        try:
+            if buffer.startswith("]", position) and not comma:
+                rest = buffer[position + 1 :] + text.read(_PIECE)
+                if rest.strip():
+                    raise ValueError("there is more after the array")
+                return
+            item, end = decoder.raw_decode(buffer, position)
+            end = _SPACE.match(buffer, end).end()  # pyright: ignore[reportOptionalMemberAccess]
+            if buffer[end : end + 1] not in (",", "]"):
+                raise ValueError(f"expecting ',' or ']' after item {number + 1}")
+        except (ValueError, RecursionError) as error:
+            # what looks broken may go on in the next piece
+            more = "" if ended else text.read(max(_PIECE, len(buffer) - position))
+            ended = not more
+            if ended or len(buffer) - position > _LARGEST_ITEM or isinstance(error, RecursionError):
+                raise DataError(
+                    f"data file {name} is malformed JSON at item {number + 1}: {error}"
+                ) from error
+            buffer, position = buffer[position:] + more, 0
+            continue
+        yield item
+        number += 1
+        comma = buffer[end] == ","
+        position = end + comma
+
+
+def _json_blocks(rows: Iterable[Any], name: str) -> Iterator[Block]:
+    number, lines, size, too_long = 1, [], 0, []
+    for row in rows:
+        try:
+            line = json.dumps(row, ensure_ascii=True).encode("ascii") + b"\n"
+        except RecursionError as error:
+            raise DataError(
+                f"{name} row {number + len(lines)}: malformed JSON: nested too deeply"
+            ) from error
+        if len(line) > MAX_ROW_BYTES:
+            too_long.append(len(lines))
+            line = b"\n"
+        lines.append(line)
+        size += len(line)
+        if len(lines) == BLOCK_ROWS or size >= BLOCK_BYTES:
+            yield Block("jsonl", b"".join(lines), name, number, "row", tuple(too_long))
+            number += len(lines)
+            lines, size, too_long = [], 0, []
+    if lines:
+        yield Block("jsonl", b"".join(lines), name, number, "row", tuple(too_long))
+
+
+def _csv(name: str, raw: _Hashing, compression: str) -> Iterator[Block]:
+    csv.field_size_limit(MAX_ROW_BYTES)
+    with _decompressed(raw, compression) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        reader = csv.reader(text, strict=True)
+        yield from _json_blocks(_csv_rows(name, reader), name)
+
+
+def _csv_rows(name: str, reader: Any) -> Iterator[dict[str, str | None]]:
+    hint = "is there a stray quote or comma?"
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header) or "" in header:
+            raise DataError(f"data file {name}: the header {header} has empty or repeated names")
+        for fields in reader:
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                raise DataError(
+                    f"{name} line {reader.line_num}: {len(fields)} fields, the header has "
+                    f"{len(header)}: {hint}"
+                )
+            yield {key: value or None for key, value in zip(header, fields, strict=True)}
+    except csv.Error as error:
+        raise DataError(f"{name} line {reader.line_num}: malformed CSV: {error}: {hint}") from error
+
+
+def _parquet(name: str, raw: _Hashing, compression: str) -> Iterator[Block]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with _seekable(raw, compression) as file:
+        try:
+            table = pq.ParquetFile(file)
+            number = 1
+            for batch in table.iter_batches(batch_size=BLOCK_ROWS):
+                yield _arrow_block(batch, name, number)
+                number += batch.num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"data file {name} is damaged or no Parquet file: {str(error).splitlines()[0]}"
+            ) from error
+
+
+@contextmanager
+def _seekable(raw: _Hashing, compression: str) -> Iterator[IO[bytes]]:
+    # Parquet keeps its directory at the end, and one pass gives the digest: so a copy
+    import shutil
+    import tempfile
+
+    with tempfile.TemporaryFile() as copy:
+        shutil.copyfileobj(_decompressed(raw, compression), copy, 2**20)
+        copy.seek(0)
+        yield copy
+
+
+def _arrow_block(batch: Any, name: str, number: int) -> Block:
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema.remove_metadata()) as writer:
+        writer.write_batch(batch.replace_schema_metadata(None))
+    return Block("arrow", sink.getvalue().to_pybytes(), name, number, "row")
+
+
+_READERS: Final = {
+    ".jsonl": _lines,
+    ".ndjson": _lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def _hub(source: Source, digests: dict[str, str]) -> Iterator[Block]:
+    repository, _, revision = source.path.removeprefix(_HUB).partition("@")
+    if not re.fullmatch(r"[\w.\-]+/[\w.\-]+", repository):
+        raise DataError(f"data set {source.path} is not of the form {_HUB}org/name[@revision]")
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        if not _COMMIT.fullmatch(revision):  # a branch or tag may move while it is read
+            revision = HfApi().dataset_info(repository, revision=revision or None).sha or ""
+        rows: Any = load_dataset(
+            repository,
+            name=source.config or None,
+            split=source.split,
+            revision=revision,
+            streaming=True,
+        )
+        name = f"{_HUB}{repository}@{revision}"
+        digest, number = hashlib.sha256(), 1
+        for batch in rows.with_format("arrow").iter(batch_size=BLOCK_ROWS):
+            for part in batch.combine_chunks().to_batches():
+                block = _arrow_block(part, name, number)
+                digest.update(block.payload)
+                number += part.num_rows
+                yield block
+    except (
+        DatasetsError, HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError, RuntimeError
+    ) as error:  # fmt: skip
+        raise DataError(
+            f"data set {source.path} (config {source.config or 'default'}, split {source.split}) "
+            f"can't be had from the hub: {type(error).__name__}: {str(error).splitlines()[0][:300]}"
+        ) from error
+    if number == 1:
+        raise DataError(f"data set {source.path} has no rows in split {source.split}")
+    digests[f"{name} {source.config or 'default'}/{source.split}"] = f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,558 @@
+"""Every source, format and fault: rows come through, are counted, or one sentence says why."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import os
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tuneline.artifacts import digest_of_file
+from tuneline.data_prep import chat, sources
+from tuneline.data_prep.encode import encode_blocks, metadata_of
+from tuneline.data_prep.prepare import _plans
+from tuneline.data_prep.records import parse_record
+from tuneline.data_prep.sources import read_blocks
+from tuneline.errors import DataError
+from tuneline.recipe import DataSection, Source
+
+GOOD = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+LINE = json.dumps(GOOD).encode() + b"\n"
+
+
+@pytest.fixture(scope="module")
+def chats_of_tiny(tiny_model: Path) -> chat.ChatFormat:
+    return chat.chat_format(chat.load_tokenizer(str(tiny_model)), tiny_model)
+
+
+class Outcome:
+    """What became of a source's rows."""
+
+    def __init__(self, formats: chat.ChatFormat, source: Source | str, **data: Any) -> None:
+        section = DataSection.model_validate({"train": [source], **data})
+        plans = _plans(section, formats)
+        self.digests: dict[str, str] = {}
+        self.kept = 0
+        self.bad: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+        self.sentences: list[str] = []
+        blocks = ((0, block) for block in read_blocks(plans[0].source, self.digests))
+        for encoded in encode_blocks(plans, blocks, 1):
+            index = encoded.index()
+            metadata = metadata_of(index)
+            self.kept += index.num_rows
+            self.bad.update(metadata["bad"])
+            self.counts.update(metadata["counts"])
+            self.sentences += [
+                f"{encoded.block.where(row)}: {sentence}"
+                for row, _, sentence in metadata["examples"]
+            ]
+        lost = self.bad.total() + self.counts["too_long"] + self.counts["unsupervised"]
+        assert self.kept + lost == self.counts["raw_rows"], "a row went missing without a count"
+
+
+Prepare = Callable[..., Outcome]
+
+
+@pytest.fixture
+def outcome(chats_of_tiny: chat.ChatFormat) -> Prepare:
+    return lambda source, **data: Outcome(chats_of_tiny, source, **data)
+
+
+def table_of(rows: list[dict[str, Any]]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue()
+
+
+def csv_of(rows: list[dict[str, str]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def zstd(data: bytes) -> bytes:
+    return pa.Codec("zstd").compress(data, asbytes=True)
+
+
+PAIRS = [{"prompt": f'what is {n}, "said"\nhe', "completion": f"it is é{n}"} for n in range(7)]
+FILES = {
+    "rows.jsonl": b"".join(json.dumps(row).encode() + b"\n" for row in PAIRS),
+    "rows.ndjson": b"\n\n".join(json.dumps(row).encode() for row in PAIRS),
+    "rows.json": json.dumps(PAIRS, indent=1).encode(),
+    "lines.json": b"".join(json.dumps(row).encode() + b"\n" for row in PAIRS),
+    "rows.csv": csv_of(PAIRS),
+    "rows.parquet": table_of(PAIRS),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+def test_every_file_format_gives_the_same_rows(
+    outcome: Prepare, tmp_path: Path, name: str, compression: str
+) -> None:
+    squeeze: dict[str, Callable[[bytes], bytes]] = {
+        "": bytes, ".gz": gzip.compress, ".zst": zstd,
+    }  # fmt: skip
+    path = tmp_path / (name + compression)
+    path.write_bytes(squeeze[compression](FILES[name]))
+    result = outcome(str(path))
+    assert (result.kept, result.bad) == (7, Counter())
+    assert result.digests == {str(path): f"sha256:{digest_of_file(path)}"}
+
+
+def test_a_folder_and_a_glob_are_all_their_files(outcome: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.jsonl").write_bytes(LINE)
+    (tmp_path / "deep" / "b.jsonl.gz").write_bytes(gzip.compress(LINE * 2))
+    (tmp_path / "README.md").write_text("no rows")
+    assert outcome(str(tmp_path)).kept == 3
+    assert outcome(str(tmp_path / "*.jsonl")).kept == 1
+    assert len(outcome(str(tmp_path / "**/*.jsonl*")).digests) == 2
+
+
+def test_a_bucket_is_read_through_fsspec(outcome: Prepare) -> None:
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Bucket(MemoryFileSystem):
+        protocol = "s3"
+        store: dict[str, Any] = {}  # noqa: RUF012  as fsspec declares it
+        pseudo_dirs = [""]  # noqa: RUF012
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return super()._strip_protocol(path.removeprefix("s3://"))
+
+    fsspec.register_implementation("s3", Bucket, clobber=True)
+    try:
+        system = Bucket()
+        for name in ("a", "b"):
+            with system.open(f"bucket/{name}.jsonl.gz", "wb") as file:
+                file.write(gzip.compress(LINE * 3))
+        assert outcome("s3://bucket/a.jsonl.gz").kept == 3
+        result = outcome("s3://bucket/*.jsonl.gz")
+        assert result.kept == 6
+        assert sorted(result.digests) == ["s3://bucket/a.jsonl.gz", "s3://bucket/b.jsonl.gz"]
+        with pytest.raises(DataError, match=r"s3://bucket/c\.jsonl can't be read"):
+            outcome("s3://bucket/c.jsonl")
+    finally:
+        fsspec.register_implementation("s3", "s3fs.S3FileSystem", clobber=True)
+
+
+def test_a_bucket_without_its_package_says_what_to_install(outcome: Prepare) -> None:
+    with pytest.raises(DataError, match=r"gs:// needs gcsfs \('tuneline\[gcs\]'\)"):
+        outcome("gs://bucket/a.jsonl")
+
+
+def test_a_hub_data_set_that_cannot_be_had_is_one_sentence(outcome: Prepare) -> None:
+    with pytest.raises(DataError, match=r"org/none.* can't be had from the hub: \w+"):
+        outcome({"path": "hf://org/none", "config": "c", "split": "test"})
+    with pytest.raises(DataError, match="not of the form"):
+        outcome("hf://none")
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "messages"),
+    [
+        (GOOD | {"prompt": "also there"}, "messages", [("user", "q"), ("assistant", "a")]),
+        (
+            {"messages": [{"role": "developer", "content": "s"}, *GOOD["messages"]]},
+            "messages",
+            [("system", "s"), ("user", "q"), ("assistant", "a")],
+        ),
+        (
+            {"messages": json.dumps(GOOD["messages"])},
+            "messages",
+            [("user", "q"), ("assistant", "a")],
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]},
+                          GOOD["messages"][1] | {"tool_calls": None, "name": None}]},
+            "messages",
+            [("user", "q"), ("assistant", "a")],
+        ),
+        (
+            {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"},
+                               {"from": "gpt", "value": "a"}]},
+            "sharegpt",
+            [("system", "s"), ("user", "q"), ("assistant", "a")],
+        ),
+        (
+            {"system": "s", "conversations": [{"from": "human", "value": "q"},
+                                              {"from": "gpt", "value": "a"}]},
+            "sharegpt",
+            [("system", "s"), ("user", "q"), ("assistant", "a")],
+        ),
+        ({"instruction": "i", "input": "", "output": "o"}, "alpaca",
+         [("user", "i"), ("assistant", "o")]),
+        (
+            {"instruction": "i", "input": "x", "output": "o", "history": [["h", "k"]]},
+            "alpaca",
+            [("user", "h"), ("assistant", "k"), ("user", "i\n\nx"), ("assistant", "o")],
+        ),
+        ({"prompt": "p", "completion": "c", "system": "s"}, "prompt_completion",
+         [("system", "s"), ("user", "p"), ("assistant", "c")]),
+        (
+            {"prompt": [{"role": "user", "content": "p"}],
+             "completion": [{"role": "assistant", "content": "c"}]},
+            "prompt_completion",
+            [("user", "p"), ("assistant", "c")],
+        ),
+        ({"text": "just text"}, "text", []),
+    ],
+)  # fmt: skip
+def test_the_format_is_detected(
+    row: dict[str, Any], name: str, messages: list[tuple[str, str]]
+) -> None:
+    record = parse_record(row, Source(path="x"))
+    assert record.format == name
+    assert [(m["role"], m["content"]) for m in record.messages] == messages
+    assert all(set(m) == {"role", "content"} for m in record.messages)
+
+
+def test_tool_calls_are_kept_with_arguments_as_objects() -> None:
+    record = parse_record(
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                {"role": "tool", "content": "r", "tool_call_id": "c1"},
+                {"role": "assistant", "content": "a"},
+            ],
+            "tools": json.dumps([{"type": "function", "function": {"name": "f"}}]),
+        },
+        Source(path="x"),
+    )
+    assert record.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+    assert record.messages[2]["tool_call_id"] == "c1"
+    assert record.tools == [{"type": "function", "function": {"name": "f"}}]
+
+
+def test_columns_are_mapped_and_the_rest_stays_for_slices() -> None:
+    source = Source(path="x", columns={"prompt": "question", "completion": "answer"})
+    row = {"question": "q", "answer": "a", "topic": "maths", "level": 3, "long": "x" * 300}
+    record = parse_record(row, source)
+    assert [m["content"] for m in record.messages] == ["q", "a"]
+    assert record.columns == {"topic": "maths", "level": 3}
+
+
+def message(**values: Any) -> bytes:
+    return json.dumps({"messages": [{"role": "user", "content": "q"}, values]}).encode() + b"\n"
+
+
+def chat_of(*roles: str) -> bytes:
+    return json.dumps({"messages": [{"role": r, "content": r} for r in roles]}).encode() + b"\n"
+
+
+def row(**values: Any) -> bytes:
+    return json.dumps(values).encode() + b"\n"
+
+
+BAD_ROWS = {  # line -> reason, part of the sentence; each is counted beside good rows
+    "cut json": (b'{"messages": [\n', "malformed_json", "malformed JSON"),
+    "no json": (b"{oops}\n", "malformed_json", "malformed JSON"),
+    "deep": (b"[" * 100_000 + b"\n", "malformed_json", "malformed JSON"),
+    "nan": (b"NaN\n", "not_an_object", "is float"),
+    "broken utf-8": (b'{"text": "\xff\xfe"}\n', "not_utf8", "not UTF-8"),
+    "utf-8 cut in a character": (b'{"text": "\xc3"}\n', "not_utf8", "not UTF-8"),
+    "list": (b"[1]\n", "not_an_object", "is list"),
+    "string": (b'"text"\n', "not_an_object", "is str"),
+    "null": (b"null\n", "not_an_object", "is null"),
+    "empty object": (b"{}\n", "unknown_format", "no known format"),
+    "unknown columns": (row(question="q", answer="a"), "unknown_format", "question, answer"),
+    "preferences": (row(prompt="p", chosen="c", rejected="r"), "unknown_format", "preference"),
+    "null column": (row(prompt="p", completion=None), "unknown_format", "no known format"),
+    "all null": (row(messages=None, text=None), "unknown_format", "no known format"),
+    "prompt only": (row(prompt="x"), "unknown_format", "no known format"),
+    "empty messages": (row(messages=[]), "empty", "an empty list"),
+    "messages of text": (row(messages=["x"]), "wrong_type", "message 1: is str"),
+    "messages as broken text": (row(messages="[{"), "malformed_json", "text that is not JSON"),
+    "messages as object": (row(messages={"role": "user"}), "empty", "messages is dict"),
+    "unknown role": (message(role="robot", content="x"), "unknown_role", "role 'robot'"),
+    "no role": (message(content="x"), "unknown_role", "role None"),
+    "role as list": (message(role=["user"], content="x"), "unknown_role", "is unknown"),
+    "null content": (message(role="assistant", content=None), "wrong_type", "content is null"),
+    "object content": (message(role="assistant", content={"a": 1}), "wrong_type", "is dict"),
+    "number content": (message(role="assistant", content=5), "wrong_type", "content is int"),
+    "blank answer": (message(role="assistant", content="  "), "empty_turn", "answer is empty"),
+    "blank question": (
+        row(messages=[{"role": "user", "content": ""}, {"role": "assistant", "content": "a"}]),
+        "empty_turn", "user's message is empty",
+    ),
+    "image part": (
+        message(role="assistant", content=[{"type": "image_url"}]), "wrong_type", "'image_url'",
+    ),
+    "weight": (message(role="assistant", content="x", weight=0), "unknown_key", "keys weight"),
+    "half a character": (
+        message(role="assistant", content="\ud800"), "broken_text", "half a character",
+    ),
+    "nul": (message(role="assistant", content="a\0b"), "broken_text", r"'\\x00'"),
+    "escape": (message(role="assistant", content="\x1b[2J"), "broken_text", "control character"),
+    "ends with user": (chat_of("user", "assistant", "user"), "no_answer", "no answer"),
+    "only system": (chat_of("system"), "no_answer", "no answer"),
+    "user twice": (chat_of("user", "user", "assistant"), "roles_out_of_order", "user after user"),
+    "answer twice": (
+        chat_of("user", "assistant", "assistant"), "roles_out_of_order", "assistant after",
+    ),
+    "late system": (chat_of("user", "system", "assistant"), "roles_out_of_order", "system after"),
+    "tool first": (chat_of("tool", "assistant"), "roles_out_of_order", "tool after nothing"),
+    "call of a user": (
+        row(messages=[{"role": "user", "tool_calls": [CALL]}, *GOOD["messages"]]),
+        "wrong_type", "tool_calls of role user",
+    ),
+    "call without name": (
+        message(role="assistant", tool_calls=[{"function": {}}]), "wrong_type", "function's name",
+    ),
+    "call with broken arguments": (
+        message(role="assistant", tool_calls=[{"function": {"name": "f", "arguments": "{"}}]),
+        "malformed_json", "arguments is text that is not JSON",
+    ),
+    "call with a list": (
+        message(role="assistant", tool_calls=[{"function": {"name": "f", "arguments": [1]}}]),
+        "wrong_type", "arguments are list",
+    ),
+    "tools as text": (json.dumps(GOOD | {"tools": "x"}).encode() + b"\n", "malformed_json", "JSON"),
+    "tools unrendered": (
+        json.dumps(GOOD | {"tools": [{"name": "f"}]}).encode() + b"\n",
+        "template_error", "does not render tools",
+    ),
+    "unknown speaker": (
+        row(conversations=[{"from": "alien", "value": "x"}]), "unknown_role", "from 'alien'",
+    ),
+    "sharegpt null": (
+        row(conversations=[{"from": "human", "value": None}]), "wrong_type", "content is null",
+    ),
+    "sharegpt text": (row(conversations="hello"), "malformed_json", "not JSON"),
+    "sharegpt of lists": (row(conversations=[["human", "x"]]), "wrong_type", "turn 1 is list"),
+    "alpaca object": (
+        row(instruction={"a": 1}, output="x"), "wrong_type", "instruction is dict",
+    ),
+    "alpaca blank": (row(instruction="i", output=" "), "empty_turn", "output is empty"),
+    "alpaca history": (
+        row(instruction="i", output="o", history=[["a"]]), "wrong_type", "must hold pairs",
+    ),
+    "prompt list": (row(prompt="p", completion=["c"]), "wrong_type", "completion is list"),
+    "blank text": (row(text=" \n"), "empty", "text is empty"),
+    "nested text": (row(text={"a": ["b"]}), "wrong_type", "text is dict"),
+    "half a character in a column's name": (
+        b'{"\\ud800": 1}\n', "unknown_format", "columns \\ud800",
+    ),
+    "control token": (
+        message(role="assistant", content="a<|im_end|>\n<|im_start|>user"),
+        "control_token", "control token",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_is_counted_and_named_by_file_and_line(
+    outcome: Prepare, tmp_path: Path, name: str
+) -> None:
+    line, reason, sentence = BAD_ROWS[name]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(LINE + line + LINE)
+    result = outcome(str(path))
+    assert result.kept == 2
+    assert dict(result.bad) == {reason: 1}
+    assert result.sentences[0].startswith(f"{path} line 2: ")
+    assert sentence.replace("\\\\", "\\") in result.sentences[0]
+
+
+def broken_gzip() -> bytes:
+    return gzip.compress(LINE * 5000)[:-20]
+
+
+def broken_zstd() -> bytes:
+    return zstd(LINE * 5000)[:-20]
+
+
+def zipped() -> bytes:
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w") as archive:
+        archive.writestr("../../evil.jsonl", LINE)
+    return sink.getvalue()
+
+
+BAD_FILES: dict[str, tuple[str, bytes, str]] = {  # file name, content, part of the error
+    "empty": ("a.jsonl", b"", "is empty"),
+    "blank lines": ("a.jsonl", b"\n \n", "is empty"),
+    "utf-16": ("a.jsonl", LINE.decode().encode("utf-16"), "UTF-16"),
+    "cut gzip": ("a.jsonl.gz", broken_gzip(), "cut short"),
+    "no gzip": ("a.jsonl.gz", LINE, "is not a .gz file"),
+    "damaged gzip": ("a.jsonl.gz", gzip.compress(LINE)[:-8] + b"\0" * 8, "is not a .gz file"),
+    "empty gzip": ("a.jsonl.gz", b"", "is empty"),
+    "cut zstd": ("a.jsonl.zst", broken_zstd(), "damaged or cut short"),
+    "no zstd": ("a.jsonl.zst", LINE, "damaged or cut short"),
+    "zip": ("a.zip", zipped(), "ends in none of"),
+    "zip under another name": ("a.csv", zipped(), "is not UTF-8"),
+    "bzip2": ("a.jsonl.bz2", bz2.compress(LINE), "ends in none of"),
+    "unknown suffix": ("a.txt", LINE, "ends in none of"),
+    "json cut short": ("a.json", b'[{"text": "a"}, {"te', "malformed JSON"),
+    "json with a trailing comma": ("a.json", b'[{"text": "a"}, ]', "malformed JSON"),
+    "json with more behind": ("a.json", b'[{"text": "a"}] x', "more after the array"),
+    "json without commas": ("a.json", b'[{"text": "a"} {"text": "b"}]', "expecting ','"),
+    "json of nothing": ("a.json", b"[]", "is empty"),
+    "json of deep lists": ("a.json", b"[" * 100_000, "malformed JSON"),
+    "json with broken utf-8": ("a.json", b'[{"text": "\xff"}]', "is not UTF-8"),
+    "csv with a stray quote": ("a.csv", b'prompt,completion\na,"b"c\n', "malformed CSV"),
+    "csv with an open quote": ("a.csv", b'prompt,completion\na,"b\nc,d\n', "malformed CSV"),
+    "csv with a field too many": ("a.csv", b"prompt,completion\na,b,c\n", "3 fields"),
+    "csv with a field too few": ("a.csv", b"prompt,completion\na\n", "1 fields"),
+    "csv header alone": ("a.csv", b"prompt,completion\n", "is empty"),
+    "csv with a repeated column": ("a.csv", b"a,a\n1,2\n", "repeated names"),
+    "csv in latin-1": ("a.csv", "prompt,completion\né,b\n".encode("latin-1"), "not UTF-8"),
+    "csv with an endless field": (
+        "a.csv", b"prompt,completion\na," + b"x" * 5_000_000 + b"\n", "malformed CSV",
+    ),
+    "parquet cut short": ("a.parquet", table_of(PAIRS)[:-30], "no Parquet file"),
+    "parquet of text": ("a.parquet", LINE, "no Parquet file"),
+    "parquet damaged": (
+        "a.parquet", b"PAR1" + b"\0" * 60 + table_of(PAIRS)[64:], "damaged or no Parquet",
+    ),
+    "parquet of nothing": (
+        "a.parquet", table_of([{"text": "x"}])[:0] + table_of([]), "is empty",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_one_error_that_names_it(outcome: Prepare, tmp_path: Path, name: str) -> None:
+    file, content, sentence = BAD_FILES[name]
+    path = tmp_path / file
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        outcome(str(path))
+    assert sentence in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("nowhere.jsonl", "nowhere.jsonl can't be read (No such file"),
+        ("no-*.jsonl", "no file matches"),
+        ("a\0b.jsonl", "can't be read (embedded null byte"),
+        ("/dev/null", "not a regular file"),
+        ("/proc/self/mem", "can't be read"),
+        ("ftp://host/a.jsonl", "scheme 'ftp://' is unknown"),
+        ("file:///etc/passwd", "scheme 'file://' is unknown"),
+        ("~nobody-at-all/x.jsonl", "can't be read"),
+        ("x" * 5000 + ".jsonl", "can't be read"),
+        ("demo:tset", "can't be read"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_one_error(outcome: Prepare, path: str, sentence: str) -> None:
+    with pytest.raises(DataError) as caught:
+        outcome(path)
+    assert sentence in str(caught.value) and "hf://" in str(caught.value)
+
+
+def test_a_row_of_ten_megabytes_is_dropped_as_too_long_and_counted(
+    outcome: Prepare, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(LINE + row(text="x" * 10_000_000) + row(text="y" * 1_000_000) + LINE)
+    result = outcome(str(path))
+    assert result.kept == 2 and result.counts["too_long"] == 2 and not result.bad
+    for name in ("rows.json", "rows.parquet"):
+        other = tmp_path / name
+        rows = [{"text": "ok"}, {"text": "x" * 10_000_000}]
+        other.write_bytes(table_of(rows) if "parquet" in name else json.dumps(rows).encode())
+        result = outcome(str(other))
+        assert (result.kept, result.counts["too_long"]) == (1, 1)
+
+
+def test_a_file_without_a_line_break_is_not_read_into_memory(
+    outcome: Prepare, tmp_path: Path
+) -> None:
+    path = tmp_path / "bomb.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(100):
+            file.write(b" " * 2**20)
+    result = outcome(str(path))
+    assert result.kept == 0 and result.counts["too_long"] == 1
+
+
+def test_rows_of_wrong_types_in_a_table_are_counted(outcome: Prepare, tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    table = pa.table(
+        {
+            "prompt": pa.array(["a", None, "c", "d"]),
+            "completion": pa.array([b"\xff", b"x", None, b"y"], pa.binary()),
+        }
+    )
+    pq.write_table(table, path)
+    result = outcome(str(path))
+    assert result.kept == 0
+    assert dict(result.bad) == {"wrong_type": 2, "unknown_format": 2}
+    assert "completion is bytes" in result.sentences[0]
+
+
+def test_a_mapped_column_that_is_missing_names_the_ones_that_are_there(
+    outcome: Prepare, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(row(question="q", answer="a"))
+    result = outcome({"path": str(path), "columns": {"prompt": "query", "completion": "answer"}})
+    assert dict(result.bad) == {"missing_column": 1}
+    assert "'query'" in result.sentences[0] and "question, answer" in result.sentences[0]
+
+
+def test_odd_names_of_columns_and_files_are_carried_through(
+    outcome: Prepare, tmp_path: Path
+) -> None:
+    path = tmp_path / os.fsdecode(b"rows-\xff.jsonl")
+    path.write_bytes(LINE[:-2] + b', "\\ud800": 1, "\\u0000": 2}\n' + b"oops\n")
+    result = outcome(str(path))
+    assert result.kept == 1
+    json.dumps([result.sentences, result.digests], ensure_ascii=False).encode()
+
+
+def test_dates_and_numbers_of_a_table_are_no_traceback(outcome: Prepare, tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    calls = [{"name": "f", "arguments": {"at": datetime(2026, 1, 2)}}]
+    rows = [
+        {"at": datetime(2026, 1, 1), "messages": [GOOD["messages"][0], {"role": "assistant",
+         "tool_calls": calls}]},
+        {"at": None, "messages": GOOD["messages"]},
+    ]  # fmt: skip
+    path.write_bytes(table_of(rows))
+    result = outcome(str(path), group_by="at")
+    assert dict(result.bad) == {"template_error": 1, "missing_column": 1}
+
+
+def test_a_byte_order_mark_is_no_fault(outcome: Prepare, tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.json", "a.csv"):
+        path = tmp_path / name
+        content = b"prompt,completion\na,b\n" if name == "a.csv" else LINE
+        path.write_bytes(b"\xef\xbb\xbf" + content)
+        assert outcome(str(path)).kept == 1
+
+
+def test_blocks_are_bounded_and_rows_keep_their_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(LINE * 5000)
+    blocks = list(read_blocks(Source(path=str(path)), {}))
+    assert [block.first for block in blocks] == [1, 2001, 4001]
+    assert blocks[2].where(999) == f"{path} line 5000"
+    wide = row(text="x" * 1_000_000)
+    path.write_bytes(wide * 20)
+    sizes = [len(block.payload) for block in read_blocks(Source(path=str(path)), {})]
+    assert max(sizes) < sources.BLOCK_BYTES + sources.MAX_ROW_BYTES and len(sizes) == 3
