@@ -156,9 +156,9 @@ class _Columns:
 
 
 _DTYPES: Final = {
-    "row": "uint32", "content": "uint64", "opening": "uint64", "group": "uint64", "id": "uint64", "split": "int8",
-    "pieces": "uint32", "tokens": "uint32", "supervised": "uint32", "longest": "uint32",
-    "ends": "bool_", "test_row": "string",
+    "row": "uint32", "content": "uint64", "opening": "uint64", "group": "uint64", "id": "uint64",
+    "split": "int8", "pieces": "uint32", "tokens": "uint32", "supervised": "uint32",
+    "longest": "uint32", "ends": "bool_", "test_row": "string",
 }  # fmt: skip
 
 

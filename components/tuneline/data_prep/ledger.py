@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 _EXAMPLES: Final = 20
 _SAMPLES: Final = 300
 _NUMBERS: Final = (
-    "row", "content", "opening", "group", "id", "split", "pieces", "tokens", "supervised", "longest", "ends",
+    "row", "content", "opening", "group", "id", "split", "pieces", "tokens", "supervised",
+    "longest", "ends",
 )  # fmt: skip
 EVALUATION: Final = len(SPLITS)
 """Group of the evaluation sets' rows; the splits' groups are their positions in `SPLITS`."""
