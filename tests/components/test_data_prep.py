@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from datetime import date
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tuneline.data_prep.duplicates import Scratch, find_similar, signatures
 from tuneline.data_prep.prepare import PAGE, load_split, prepare
 from tuneline.data_prep.report import render_contract
 from tuneline.errors import DataError, ModelError
+from tuneline.evaluate.rows import read_test_rows
 from tuneline.recipe import DataSection
 
 Chats = list[dict[str, Any]]
@@ -115,12 +117,54 @@ def test_duplicates_and_rows_of_the_test_file_are_dropped_and_counted(
     prepared: Prepare, chats: Chats, tmp_path: Path
 ) -> None:
     test = write(tmp_path / "test.jsonl", chats[95:110])
-    contract = prepared(chats[:100] + chats[:7], test=test).read_json("contract.json")
+    dataset = prepared(chats[:100] + chats[:7], test=test)
+    contract = dataset.read_json("contract.json")
     assert contract["rows_in"] == 122
     assert contract["duplicates_dropped"] == 7
     assert contract["in_test_dropped"] == 5
     assert contract["splits"]["test"]["rows"] == 15
     assert sum(split["rows"] for split in contract["splits"].values()) == 110
+    tests = set(ids_of(dataset, "test"))
+    assert not tests & {*ids_of(dataset, "train"), *ids_of(dataset, "validation")}
+
+
+QUESTION = "which of the following seven metals melts at the lowest temperature"
+
+
+def test_a_question_of_an_evaluation_set_is_known_whatever_is_around_it(
+    prepared: Prepare, chats: Chats, tmp_path: Path
+) -> None:
+    held = write(tmp_path / "bench.jsonl", [chat(f"{QUESTION} {n}?", "7") for n in range(20)])
+    rows = [
+        {"messages": [{"role": "system", "content": "Think first."},
+                      {"role": "user", "content": f"{QUESTION.title()}  {n}?"},
+                      {"role": "assistant", "content": f"Let me see, mercury, so {n}. " * 9}]}
+        for n in range(20)
+    ]  # fmt: skip
+    contract = prepared([*chats, *rows], evaluation_sets=held).read_json("contract.json")
+    assert contract["leakage"]["resembled_by_set"][held] >= 10
+    assert 10 <= contract["in_test_dropped"] + contract["leaking_dropped"] <= 20
+    with pytest.raises(DataError, match="held-out rows that a training row resembles"):
+        prepared([*chats, *rows], evaluation_sets=held, leakage="report")
+    kept = prepared(
+        [*chats, *rows],
+        evaluation_sets=held,
+        leakage="report",
+        contract={"max_leaked_fraction": 1.0},
+    ).read_json("contract.json")
+    assert kept["in_test_dropped"] == 0
+    assert kept["leakage"]["still_resembled_heldout_rows"] >= 10
+
+
+def test_one_task_with_many_answers_can_be_prepared_where_that_is_asked_for(
+    prepared: Prepare,
+) -> None:
+    rows = [chat("Write a poem.", f"poem number {n} about {n * n}", id=n) for n in range(300)]
+    with pytest.raises(DataError, match="open alike"):
+        prepared(rows)
+    settings = {"group_by": "id", "leakage": "report", "contract": {"max_leaked_fraction": 1.0}}
+    contract = prepared(rows, **settings).read_json("contract.json")
+    assert contract["rows_out"] == 300 and contract["splits"]["test"]["rows"] > 10
 
 
 WORDS = [f"w{n}" for n in range(500)]
@@ -186,11 +230,14 @@ def test_similar_rows_are_found_among_many(tmp_path: Path) -> None:
     scratch.finish()
     group = np.zeros(len(texts), np.int64)
     group[1:100:2] = 2
-    twin, leak = find_similar(scratch, group, np.ones(len(texts), bool), 0.9)
+    group[0:20:2] = 1
+    twin, leak, echo = find_similar(scratch, group, np.ones(len(texts), bool), 0.9)
     assert np.flatnonzero(twin >= 0).tolist() == [*range(101, 200, 2), 2002, 2004]
-    assert leak[:100:2].tolist() == list(range(1, 100, 2))
-    assert leak[1:100:2].tolist() == list(range(0, 100, 2))
-    assert (leak[100:] == -1).all()
+    assert echo[:20:2].tolist() == list(range(1, 20, 2))
+    assert (echo >= 0).sum() == 10
+    assert leak[20:100:2].tolist() == list(range(21, 100, 2))
+    assert leak[21:100:2].tolist() == list(range(20, 100, 2))
+    assert (leak[:20] == -1).all() and (leak[100:] == -1).all()
 
 
 def test_a_split_without_rows_says_where_they_went(prepared: Prepare, chats: Chats) -> None:
@@ -414,6 +461,19 @@ def test_a_broken_contract_fails_and_leaves_its_report(
     assert "The contract is broken" in (place / PAGE).read_text()
 
 
+def test_the_report_of_a_refused_try_goes_when_the_next_one_starts(
+    tiny_model: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    data = {"train": str(chats_file)}
+    strict = DataSection.model_validate(data | {"contract": {"min_supervised_token_fraction": 0.9}})
+    for _ in range(2):
+        with pytest.raises(DataError, match="supervised share"):
+            prepare(str(tiny_model), strict, tmp_path / "out")
+        assert (tmp_path / "out.refused" / PAGE).is_file()
+    prepare(str(tiny_model), DataSection.model_validate(data), tmp_path / "out")
+    assert not (tmp_path / "out.refused").exists()
+
+
 def test_the_report_of_a_broken_contract_is_in_the_step_s_run(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -452,12 +512,39 @@ def test_serving_s_tokens_are_checked_against_training_s(
         prepared(chats)
 
 
-def test_raw_text_is_trained_on_and_not_scored(prepared: Prepare, chats: Chats) -> None:
-    rows = [*chats, *({"text": f"some text number {n}"} for n in range(200))]
+def test_raw_text_is_trained_on_and_evaluated_beside_chats(prepared: Prepare, chats: Chats) -> None:
+    rows = [*chats, *({"text": f"some text number {n}", "topic": "x"} for n in range(200))]
     dataset = prepared(rows)
     contract = dataset.read_json("contract.json")
     assert contract["sources"][0]["formats"] == {"messages": 240, "text": 200}
-    assert len(dataset.read_jsonl("test_rows.jsonl")) < contract["splits"]["test"]["rows"]
+    tests = read_test_rows(dataset, 1000)
+    assert len(tests) == contract["splits"]["test"]["rows"]
+    texts = [row for row in tests if row.prompt is None]
+    assert 5 < len(texts) < len(tests) - 5
+    assert {row.column("topic") for row in texts} == {"x"}
+    for row in tests:
+        assert sum(row.supervised) == (len(row.input_ids) - 1 if row in texts else 2)
+
+
+def test_a_template_with_the_date_is_rendered_anew_each_day(
+    tiny_model: Path, chats_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    template = folder / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}" + template.read_text())
+    data = DataSection.model_validate({"train": str(chats_file)})
+    prepare(str(folder), data, tmp_path / "today")
+
+    class Tomorrow(date):
+        @classmethod
+        def today(cls) -> date:
+            return date.fromordinal(date.today().toordinal() + 1)
+
+    blocks = len(list((cache_dir() / "tokens").glob("*.rows")))
+    monkeypatch.setattr(encode, "date", Tomorrow)
+    prepare(str(folder), data, tmp_path / "tomorrow")
+    assert len(list((cache_dir() / "tokens").glob("*.rows"))) == 2 * blocks
 
 
 def test_a_tokenizer_that_cannot_be_read_is_one_clear_error(

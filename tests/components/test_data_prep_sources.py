@@ -277,8 +277,8 @@ BAD_ROWS = {  # line -> reason, part of the sentence; each is counted beside goo
     "empty object": (b"{}\n", "unknown_format", "no known format"),
     "unknown columns": (row(question="q", answer="a"), "unknown_format", "question, answer"),
     "preferences": (row(prompt="p", chosen="c", rejected="r"), "unknown_format", "preference"),
-    "null column": (row(prompt="p", completion=None), "unknown_format", "no known format"),
-    "all null": (row(messages=None, text=None), "unknown_format", "no known format"),
+    "null column": (row(prompt="p", completion=None), "empty", "completion is null"),
+    "all null": (row(messages=None, text=None), "empty", "messages is null"),
     "prompt only": (row(prompt="x"), "unknown_format", "no known format"),
     "empty messages": (row(messages=[]), "empty", "an empty list"),
     "messages of text": (row(messages=["x"]), "wrong_type", "message 1: is str"),
@@ -352,6 +352,14 @@ BAD_ROWS = {  # line -> reason, part of the sentence; each is counted beside goo
     "nested text": (row(text={"a": ["b"]}), "wrong_type", "text is dict"),
     "half a character in a column's name": (
         b'{"\\ud800": 1}\n', "unknown_format", "columns \\ud800",
+    ),
+    "half a character in a tool": (
+        json.dumps(GOOD | {"tools": [{"name": "\ud800"}]}).encode() + b"\n",
+        "broken_text", "tools has half a character",
+    ),
+    "reasoning unrendered": (
+        message(role="assistant", content="a", reasoning_content="because"),
+        "template_error", "does not render reasoning_content",
     ),
     "control token": (
         message(role="assistant", content="a<|im_end|>\n<|im_start|>user"),
@@ -501,7 +509,7 @@ def test_rows_of_wrong_types_in_a_table_are_counted(outcome: Prepare, tmp_path: 
     pq.write_table(table, path)
     result = outcome(str(path))
     assert result.kept == 0
-    assert dict(result.bad) == {"wrong_type": 2, "unknown_format": 2}
+    assert dict(result.bad) == {"wrong_type": 2, "empty": 2}
     assert "completion is bytes" in result.sentences[0]
 
 
@@ -518,9 +526,10 @@ def test_a_mapped_column_that_is_missing_names_the_ones_that_are_there(
 def test_odd_names_of_columns_and_files_are_carried_through(
     outcome: Prepare, tmp_path: Path
 ) -> None:
-    path = tmp_path / os.fsdecode(b"rows-\xff.jsonl")
+    path = tmp_path / "folder" / os.fsdecode(b"rows-\xff.jsonl")
+    path.parent.mkdir()
     path.write_bytes(LINE[:-2] + b', "\\ud800": 1, "\\u0000": 2}\n' + b"oops\n")
-    result = outcome(str(path))
+    result = outcome(str(path.parent))
     assert result.kept == 1
     json.dumps([result.sentences, result.digests], ensure_ascii=False).encode()
 

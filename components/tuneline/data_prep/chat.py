@@ -25,7 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from tuneline.data_prep.records import BadRow, Message, Record
+from tuneline.data_prep.records import BadRow, Message, Record, as_json
 from tuneline.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ FALLBACK_TEMPLATES: Final = {
         "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
     ),
 }
-_STUMBLES: Final = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
+_STUMBLES: Final = (
+    ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -245,6 +247,7 @@ class Renderer:
         self._stops = _any_of(self.format.stop_tokens)
         self._reads_tools = "tools" in self.format.template
         self._reads_calls = "tool_calls" in self.format.template
+        self._reads_reasoning = "reasoning_content" in self.format.template
         # SentencePiece's kind may put a space before every text that is encoded: an answer encoded
         # apart would start with one that serving does not have
         self._apart = self.backend.encode("b", add_special_tokens=False).tokens == ["b"]
@@ -280,14 +283,7 @@ class Renderer:
                 add_generation_prompt=prompt,
                 **self.format.special_tokens,
             )
-        except (
-            TemplateError,
-            ArithmeticError,
-            LookupError,
-            TypeError,
-            ValueError,
-            RuntimeError,
-        ) as error:
+        except (TemplateError, *_STUMBLES) as error:
             # the template is the model's code: what it stumbles over is its word on the row
             raise BadRow(
                 "template_error", f"the chat template refuses the chat: {_line(error)}"
@@ -316,11 +312,17 @@ class Renderer:
             if "tool_calls" in message:
                 if not self._reads_calls:
                     raise BadRow("template_error", "the chat template does not render tool calls")
-                self._check_controls(json.dumps(message["tool_calls"], default=str))
+                self._check_controls(as_json(message["tool_calls"]))
+            if "reasoning_content" in message and not self._reads_reasoning:
+                raise BadRow(
+                    "template_error",
+                    "the chat template does not render reasoning_content: remove it, or take a "
+                    "model that reasons",
+                )
         if tools:
             if not self._reads_tools:
                 raise BadRow("template_error", "the chat template does not render tools")
-            self._check_controls(json.dumps(tools, default=str))
+            self._check_controls(as_json(tools))
         loss = loss or self.loss
         if loss == "all":
             text, _ = self._ended(self.template_text(messages, tools))

@@ -53,6 +53,7 @@ def contract_of(ledger: Ledger, data: DataSection, tokenizer: Any, template: str
         "bad_rows": dict(bad.most_common()),
         "bad_row_examples": ledger.examples,
         "repeated_ids": ledger.repeated_ids,
+        "distinct_openings": len(np.unique(ledger.number("opening")[ledger.group != EVALUATION])),
         "splits": splits,
         "sources": _sources(ledger),
         "lengths": _histogram(ledger),

@@ -125,12 +125,12 @@ def find_similar(
     alive: np.ndarray,
     threshold: float,
     on_band: Callable[[int], None] = lambda band: None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Who resembles whom.
 
     Args:
         scratch: of the rows.
-        group: (N,) int; 0 is the training split, the others are held out.
+        group: (N,) int; 0 is the training split, 1 validation, higher ones are held out from both.
         alive: (N,) bool; the rows to look at.
         threshold: least similarity.
         on_band: called after each band.
@@ -139,20 +139,25 @@ def find_similar(
         twin: (N,) int64; an earlier row of the same group that this one repeats, or -1.
         leak: (N,) int64; for a training row a held-out one that it resembles, for a held-out row a
             training row, or -1.
+        echo: (N,) int64; for a validation row one of a higher group that it resembles, or -1.
     """
     import numpy as np
 
     twin = np.full(len(group), -1, np.int64)
     leak = np.full(len(group), -1, np.int64)
+    echo = np.full(len(group), -1, np.int64)
     for number in range(BANDS):
         rows = np.flatnonzero(alive & (twin < 0))
         keys = scratch.band(number)[rows]
         # the training rows come first in a run of equal keys; each group is in its own order
         order = np.lexsort((rows, group[rows], keys))
         rows, keys = rows[order], keys[order]
+        groups = group[rows]
+        held = np.flatnonzero(groups > 0)
         for targets, pairs in (
-            (twin, _same_group(keys, group[rows])),
-            (leak, _across(keys, group[rows])),
+            (twin, _same_group(keys, groups)),
+            (leak, _across(keys, groups)),
+            (echo, [(held[a], held[b]) for a, b in _across(keys[held], groups[held] - 1)[:1]]),
         ):
             for left, right in pairs:
                 todo = targets[rows[left]] < 0
@@ -160,7 +165,7 @@ def find_similar(
                 similar = scratch.similarity(left, right) >= threshold
                 targets[left[similar]] = right[similar]
         on_band(number + 1)
-    return twin, leak
+    return twin, leak, echo
 
 
 def _opens(keys: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from datetime import date
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -48,6 +49,7 @@ _DECIDES: Final = ("jinja2", "rensa", "tokenizers", "transformers")
 _ROWS_AT_ONCE: Final = 250
 _SAMPLES: Final = 10
 _EXAMPLES: Final = 5
+_LEAST_WORDS: Final = 8
 _PRELOADED: Final = [
     "jinja2",
     "numpy",
@@ -80,9 +82,12 @@ class Plan:
 
     def key(self) -> str:
         """Digest of everything but the rows."""
+        # Llama 3.1 and others write the date into the prompt
+        dated = "strftime_now" in self.format.template
         return digest_of(
             [
                 _VERSION,
+                date.today().isoformat() if dated else "",
                 [version(package) for package in _DECIDES],
                 hashlib.sha256(self.format.tokenizer.encode()).hexdigest(),
                 self.format.template,
@@ -144,6 +149,7 @@ class _Columns:
     row: list[int] = field(default_factory=list)
     content: list[int] = field(default_factory=list)
     opening: list[int] = field(default_factory=list)
+    question: list[int] = field(default_factory=list)
     group: list[int] = field(default_factory=list)
     id: list[int] = field(default_factory=list)
     split: list[int] = field(default_factory=list)
@@ -156,9 +162,9 @@ class _Columns:
 
 
 _DTYPES: Final = {
-    "row": "uint32", "content": "uint64", "opening": "uint64", "group": "uint64", "id": "uint64",
-    "split": "int8", "pieces": "uint32", "tokens": "uint32", "supervised": "uint32",
-    "longest": "uint32", "ends": "bool_", "test_row": "string",
+    "row": "uint32", "content": "uint64", "opening": "uint64", "question": "uint64",
+    "group": "uint64", "id": "uint64", "split": "int8", "pieces": "uint32", "tokens": "uint32",
+    "supervised": "uint32", "longest": "uint32", "ends": "bool_", "test_row": "string",
 }  # fmt: skip
 
 
@@ -271,6 +277,7 @@ class Encoder:
             columns.row.append(row)
             columns.content.append(content)
             columns.opening.append(opened)
+            columns.question.append(_question(record))
             columns.group.append(group)
             columns.id.append(identity)
             columns.split.append(SPLITS.index(split))
@@ -284,7 +291,7 @@ class Encoder:
             )
             columns.test_row.append(
                 self._test_row(record, rendered[-1])
-                if split == "test" and plan.role != "evaluation" and record.messages
+                if split == "test" and plan.role != "evaluation"
                 else None
             )
             words.append(record.words)
@@ -305,6 +312,8 @@ class Encoder:
 
     def _test_row(self, record: Record, rendered: Rendered) -> str:
         messages = record.messages
+        if not messages:  # nothing is asked, but it has its place, and its slices
+            return json.dumps({"columns": record.columns}, ensure_ascii=False)
         if self.plan.loss == "all":
             rendered = self.renderer.render(record, "last")[-1]
         question = next((m for m in reversed(messages[:-1]) if m["role"] == "user"), {})
@@ -366,6 +375,17 @@ def _hashes(record: Record) -> tuple[int, int]:
             state.update(json.dumps(record.tools, sort_keys=True, default=str).encode())
         content = int.from_bytes(state.digest(), "big")
     return content, opened
+
+
+def _question(record: Record) -> int:
+    """Hash of the first question, whatever the system message, case and spacing; 0 where it is too
+    short to be a question that one data set would have from another."""
+    message = next((m for m in record.messages if m["role"] == "user"), None)
+    words = message["content"].lower().split() if message else []
+    if len(words) < _LEAST_WORDS:
+        return 0
+    digest = hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") | 1
 
 
 def _identity(value: Any) -> int:

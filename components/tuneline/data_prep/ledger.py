@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 _EXAMPLES: Final = 20
 _SAMPLES: Final = 300
 _NUMBERS: Final = (
-    "row", "content", "opening", "group", "id", "split", "pieces", "tokens", "supervised",
-    "longest", "ends",
+    "row", "content", "opening", "question", "group", "id", "split", "pieces", "tokens",
+    "supervised", "longest", "ends",
 )  # fmt: skip
 EVALUATION: Final = len(SPLITS)
 """Group of the evaluation sets' rows; the splits' groups are their positions in `SPLITS`."""
@@ -86,8 +86,8 @@ class Ledger:
 
         Args:
             data: the limits of similarity and what to do with leakage.
-            similar: `group, alive -> twin, leak` of `duplicates.find_similar`, or None for exact
-                duplicates only.
+            similar: `group, alive -> twin, leak, echo` of `duplicates.find_similar`, or None for
+                exact duplicates only.
         """
         import numpy as np
 
@@ -103,25 +103,61 @@ class Ledger:
         self.group, self._block_of, self.plan_of = group, block_of, plan_of
         self.alive = np.ones(len(group), bool)
         self._resembled = np.zeros(len(group), bool)
-        self._drop(_repeats(self._all["content"], roles), "duplicates")
-        train = (group == 0) & self.alive
-        heldout = (group > 0) & self.alive
-        known = np.zeros(len(group), bool)
-        for name in ("content", "opening", "group"):
-            values = self._all[name]
-            known |= train & np.isin(values, np.unique(values[heldout])) & (values != 0)
-            self._resembled |= heldout & np.isin(values, np.unique(values[known])) & (values != 0)
-        self._drop(known, "in_test")
+        self._left = np.zeros(len(group), bool)
+        # by role and split: of equal rows in several splits it is not the order that decides
+        self._drop(_repeats(self._all["content"], roles * 8 + group), "duplicates")
+        self._settle_equal(data, heldout_of_its_own=roles == _ROLES["train"])
         ids = self._all["id"]
         self.repeated_ids = int((_repeats(ids, plan_of) & (ids != 0) & self.alive).sum())
         if similar is not None:
             self._settle_similar(data, *similar(group, self.alive))
+        self.left_leaking = int((self._left & self.alive).sum())
         self._weigh()
 
-    def _settle_similar(self, data: DataSection, twin: np.ndarray, leak: np.ndarray) -> None:
+    def _settle_equal(self, data: DataSection, heldout_of_its_own: np.ndarray) -> None:
+        """Rows that say the same as one of a split that is held out from theirs.
+
+        Questions are compared with given test and evaluation rows only: within a source, one
+        question under several system messages is several tasks.
+        """
+        import numpy as np
+
+        train = (self.group == 0) & self.alive
+        heldout = (self.group > 0) & self.alive
+        known, asked = np.zeros(len(train), bool), np.zeros(len(train), bool)
+        self._all["question"] = np.where(
+            heldout & heldout_of_its_own, 0, self._all["question"]
+        ).astype(np.uint64)
+        for name in ("content", "group", "opening", "question"):
+            values = self._all[name]
+            found = train & (values != 0) & np.isin(values, np.unique(values[heldout]))
+            # the answer is another one, which is for `leakage` to decide
+            (asked if name in ("opening", "question") else known)[found] = True
+            self._resembled |= heldout & (values != 0) & np.isin(values, np.unique(values[found]))
+        if data.leakage == "drop":
+            known |= asked
+        else:
+            asked &= ~known
+            for name in ("opening", "question"):
+                values = self._all[name]
+                self._left |= (
+                    heldout & (values != 0) & np.isin(values, np.unique(values[train & asked]))
+                )
+        # what picks the best checkpoint may not have seen the test either
+        later = (self.group > 1) & self.alive
+        for name in ("content", "group"):
+            values = self._all[name]
+            repeats = np.isin(values, np.unique(values[later])) & (values != 0)
+            known |= (self.group == 1) & self.alive & repeats
+        self._drop(known, "in_test")
+
+    def _settle_similar(
+        self, data: DataSection, twin: np.ndarray, leak: np.ndarray, echo: np.ndarray
+    ) -> None:
         import numpy as np
 
         self._drop(twin >= 0, "near_duplicates")
+        self._drop(echo >= 0, "leaking")
         train = (self.group == 0) & self.alive & (leak >= 0)
         heldout = np.flatnonzero((self.group > 0) & self.alive & (leak >= 0))
         train[leak[heldout]] |= self.alive[leak[heldout]]
@@ -138,7 +174,7 @@ class Ledger:
         if data.leakage == "drop":
             self._drop(train, "leaking")
         else:
-            self.left_leaking = len(hit)
+            self._left[hit] = True
 
     def _weigh(self) -> None:
         """How often each row is written: once, or by its source's weight where it is trained on."""

@@ -73,6 +73,7 @@ def prepare(
     chats = chat.chat_format(tokenizer, base.path, data.fallback_template)
     plans = _plans(data, chats)
     with artifacts.writing(output) as aside:
+        shutil.rmtree(_refused(output), ignore_errors=True)  # of a try before
         digests: dict[str, str] = {}
         ledger = Ledger(plans)
         _fill(ledger, data, digests, aside / "scratch")
@@ -124,7 +125,7 @@ def _fill(ledger: Any, data: DataSection, digests: dict[str, str], scratch_folde
     told, rows, started = time.monotonic(), 0, time.monotonic()
     for encoded in encode_blocks(ledger.plans, blocks, cpu_count()):
         ledger.add(encoded, scratch.add if scratch else None)
-        rows += sum(counts["raw_rows"] for counts in ledger.counts) - rows
+        rows = sum(counts["raw_rows"] for counts in ledger.counts)
         if time.monotonic() - told > _TICK_SECONDS:
             told = time.monotonic()
             tick(f"{rows:,} rows, {rows / (told - started):,.0f} rows/s")
@@ -154,8 +155,7 @@ def _judge(
         return contract
     contract["passed"] = False
     contract["faults"] = faults
-    place = output.with_name(f"{output.name}.refused")
-    shutil.rmtree(place, ignore_errors=True)
+    place = _refused(output)
     place.mkdir(parents=True)
     _write_contract(contract, place)
     places = str(place / PAGE)
@@ -174,11 +174,21 @@ def _judge(
     raise DataError(f"the data contract is broken: {'; '.join(faults)}. See {places}{examples}")
 
 
+def _refused(output: Path) -> Path:
+    return output.with_name(f"{output.name}.refused")
+
+
 def _empty_split(contract: dict[str, Any], data: DataSection) -> str:
     for split in SPLITS:
         needed = split == "train" or (split == "test" or data.validation_fraction > 0)
         if needed and not contract["splits"][split]["rows"]:
-            came = contract["rows_in"]
+            came, ways = contract["rows_in"], contract["distinct_openings"]
+            alike = (
+                f"; its rows open alike, in {ways} ways, and those that do stay in one split: name "
+                "another column with data.group_by and set data.leakage to report"
+                if 2 * ways < came
+                else ""
+            )
             return (
                 f"the {split} split has no rows ({came} came in, "
                 f"{came - contract['rows_out']} were dropped: "
@@ -187,9 +197,9 @@ def _empty_split(contract: dict[str, Any], data: DataSection) -> str:
                 f"{contract['unsupervised_dropped']} without a token to learn, "
                 f"{contract['duplicates_dropped']} duplicates, "
                 f"{contract['near_duplicates_dropped']} near duplicates, "
-                f"{contract['in_test_dropped']} also in the test files, "
+                f"{contract['in_test_dropped']} known from held-out rows, "
                 f"{contract['leaking_dropped']} like a held-out row): give more rows, a larger "
-                "fraction or a larger max_seq_len"
+                f"fraction or a larger max_seq_len{alike}"
             )
     return ""
 
@@ -221,7 +231,7 @@ def _write_rows(ledger: Any, folder: Path) -> None:
             if (group[times > 0] == SPLITS.index("test")).any():
                 keep = (group == SPLITS.index("test")) & (times > 0)
                 texts = block.index().column("test_row").filter(keep).to_pylist()
-                test_rows.writelines(f"{text}\n" for text in texts if text is not None)
+                test_rows.writelines(f"{text}\n" for text in texts)
     for sink in sinks:
         sink.close()
 
@@ -270,7 +280,7 @@ def _tell(contract: dict[str, Any]) -> None:
         "without a token to learn": contract["unsupervised_dropped"],
         "duplicates": contract["duplicates_dropped"],
         "near duplicates": contract["near_duplicates_dropped"],
-        "in the test files": contract["in_test_dropped"],
+        "known from held-out rows": contract["in_test_dropped"],
         "like a held-out row": contract["leaking_dropped"],
         "not in the sample": contract["not_sampled"],
     }

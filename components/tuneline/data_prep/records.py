@@ -154,6 +154,10 @@ def _detect(row: Mapping[str, Any]) -> str:
             "is a preference pair (chosen, rejected), which supervised tuning does not read: map "
             "the answer to learn with `columns: {prompt: prompt, completion: chosen}`",
         )
+    for keys in _DETECTED_BY.values():
+        nulls = [key for key in keys if key in row and row[key] is None]
+        if nulls and all(key in row for key in keys):
+            raise BadRow("empty", f"{' and '.join(nulls)} is null, so there is nothing to learn")
     raise BadRow(
         "unknown_format",
         f"is in no known format (columns {_names(row)}): needed are messages; conversations; "
@@ -348,9 +352,7 @@ def _tool_calls(values: Any, number: int) -> list[dict[str, Any]]:
         call = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
         if isinstance(value.get("id"), str):
             call["id"] = value["id"]
-        _check_text(
-            json.dumps(call, ensure_ascii=False, default=str), f"message {number}: a tool call"
-        )
+        _check_text(as_json(call), f"message {number}: a tool call")
         calls.append(call)
     return calls
 
@@ -361,6 +363,7 @@ def _tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRow("wrong_type", "tools must be a list of JSON schemas")
+    _check_text(as_json(tools), "tools")
     return tools
 
 
@@ -411,6 +414,11 @@ def _check_order(messages: Sequence[Message]) -> None:
             "no_answer",
             f"no answer: the last message is from {before}, it must be the assistant's",
         )
+
+
+def as_json(value: Any) -> str:
+    """A value of a row as JSON text, its characters as they are; dates and such as text."""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _kind(value: Any) -> str:
