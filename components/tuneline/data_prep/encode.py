@@ -318,7 +318,7 @@ class Encoder:
             rendered = self.renderer.render(record, "last")[-1]
         question = next((m for m in reversed(messages[:-1]) if m["role"] == "user"), {})
         row = {
-            "prompt": self.renderer.template_text(messages[:-1], record.tools, prompt=True),
+            "prompt": rendered.text[: rendered.spans[-1][0]],
             "question": question.get("content", ""),
             "reference": self.renderer.answer(rendered),
             "columns": record.columns,
