@@ -203,7 +203,10 @@ def _auto_maps(path: Path) -> list[str]:
     for file in sorted(path.glob("*.json")):
         if file.name.endswith(".index.json") or file.name == "tokenizer.json":
             continue  # weights and vocabulary: many MB, and no place for code
-        values = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ModelError(f"{file} is malformed JSON ({error}): copy the model again") from error
         auto_map = values.get("auto_map") if isinstance(values, dict) else None
         if isinstance(auto_map, dict):
             named += [str(value) for value in auto_map.values()]

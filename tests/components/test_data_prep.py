@@ -547,24 +547,57 @@ def test_a_template_with_the_date_is_rendered_anew_each_day(
     assert len(list((cache_dir() / "tokens").glob("*.rows"))) == 2 * blocks
 
 
-def test_a_tokenizer_that_cannot_be_read_is_one_clear_error(
-    tiny_model: Path, chats_file: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder)
-    (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(ModelError, match="can't be loaded"):
-        prepare(str(folder), DataSection.model_validate({"train": str(chats_file)}), tmp_path / "o")
+BAD_MODELS: dict[str, tuple[str, bytes | None, str]] = {  # file, its content, part of the error
+    "tokenizer cut short": ("tokenizer.json", b"{", "can't be loaded"),
+    "tokenizer of nothing": ("tokenizer.json", b"", "can't be loaded"),
+    "tokenizer of a list": ("tokenizer.json", b"[]", "can't be loaded"),
+    "tokenizer of bytes": ("tokenizer.json", b"\xff\x00\xfe", "can't be loaded"),
+    "tokenizer of another kind": (
+        "tokenizer.json", b'{"model": {"type": "No"}}', "can't be loaded",
+    ),
+    "no tokenizer": ("tokenizer.json", None, "can't be loaded"),
+    "settings of a list": ("tokenizer_config.json", b"[]", "can't be loaded"),
+    "settings cut short": ("tokenizer_config.json", b"{", "malformed JSON"),
+    "no end token": ("tokenizer_config.json", b"{}", "no end-of-sequence token"),
+    "no template": ("chat_template.jinja", None, "has no chat template"),
+    "empty template": ("chat_template.jinja", b"", "has no chat template"),
+    "template with an open block": (
+        "chat_template.jinja", b"{% for m in messages %}", "chat template of .* is malformed",
+    ),
+    "template with an unknown tag": (
+        "chat_template.jinja", b"{% exec x %}", "chat template of .* is malformed",
+    ),
+    "template of bytes": ("chat_template.jinja", b"\xff\xfe{{ x }}", "can't be loaded"),
+    "template that raises": (
+        "chat_template.jinja", b"{{ raise_exception('not today') }}",
+        r"can't be used 100 %(.|\n)*refuses the chat: not today",
+    ),
+    "template that reaches out": (
+        "chat_template.jinja", b"{{ messages.__class__.__base__.__subclasses__() }}",
+        r"can't be used 100 %(.|\n)*refuses the chat",
+    ),
+    "template that includes a file": (
+        "chat_template.jinja", b"{% include '/etc/passwd' %}",
+        r"can't be used 100 %(.|\n)*refuses the chat",
+    ),
+    "template without answers": (
+        "chat_template.jinja", b"{{ messages[0].content }}",
+        r"can't be used 100 %(.|\n)*renders nothing of the answer",
+    ),
+}  # fmt: skip
 
 
-def test_a_template_that_raises_is_a_counted_fault(
-    tiny_model: Path, chats_file: Path, tmp_path: Path
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_a_tokenizer_or_template_that_cannot_be_used_is_one_clear_error(
+    tiny_model: Path, chats_file: Path, tmp_path: Path, name: str
 ) -> None:
+    file, content, sentence = BAD_MODELS[name]
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
-    (folder / "chat_template.jinja").write_text("{{ raise_exception('not today') }}")
-    with pytest.raises(DataError, match=r"can't be used 100 %(.|\n)*refuses the chat: not today"):
-        prepare(str(folder), DataSection.model_validate({"train": str(chats_file)}), tmp_path / "o")
-    (folder / "chat_template.jinja").write_text("{% for %}")
-    with pytest.raises(DataError, match=r"chat template of .* is malformed"):
-        prepare(str(folder), DataSection.model_validate({"train": str(chats_file)}), tmp_path / "o")
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_bytes(content)
+    data = DataSection.model_validate({"train": str(chats_file)})
+    with pytest.raises((ModelError, DataError), match=sentence):
+        prepare(str(folder), data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,35 @@ COMMAND = (
     " + '<|END_OF_TURN_TOKEN|>' }}{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}"
 )
+# the token that opens the next turn is what ends an answer
+GLM_4 = (
+    "[gMASK]<sop>{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+BAICHUAN = (
+    "{% for m in messages %}{{ ('<reserved_107>' + m['content'] + eos_token) "
+    "if m['role'] == 'assistant' else '<reserved_106>' + m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<reserved_107>' }}{% endif %}"
+)
+SMOLLM = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+DEEPSEEK = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ '<\uff5cUser\uff5c>' + m['content'] }}{% else %}"
+    "{{ '<\uff5cAssistant\uff5c>' + m['content'] + '<\uff5cend▁of▁sentence\uff5c>' }}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<\uff5cAssistant\uff5c>' }}{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
+    "{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 # rewrites history: only the last answer keeps its thinking
 QWEN_3 = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
@@ -73,12 +103,18 @@ FAMILIES = {  # template, end of a turn, whether it strips answers
     "zephyr": (ZEPHYR, "</s>", False),
     "command": (COMMAND, "<|END_OF_TURN_TOKEN|>", True),
     "qwen3": (QWEN_3, "<|im_end|>", False),
+    "glm4": (GLM_4, "<|endoftext|>", False),
+    "baichuan": (BAICHUAN, "</s>", False),
+    "smollm": (SMOLLM, "<|im_end|>", False),
+    "deepseek": (DEEPSEEK, "<\uff5cend▁of▁sentence\uff5c>", False),
+    "generation markers": (MARKED, "<|im_end|>", False),
 }
 SPECIAL = [
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>",
     "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|system|>", "<|user|>", "<|assistant|>",
     "<|end|>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>",
-    "<|USER_TOKEN|>",
+    "<|USER_TOKEN|>", "[gMASK]", "<sop>", "<|endoftext|>", "<reserved_106>", "<reserved_107>",
+    "<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>", "<\uff5cend▁of▁sentence\uff5c>",
 ]  # fmt: skip
 CORPUS = [
     "a  b\n\nc\n",
@@ -115,7 +151,11 @@ def build(template: str, end: str, *, metaspace: bool = False) -> chat.ChatForma
     )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token="<s>")
     fast.chat_template = template
-    return chat.chat_format(fast)
+    made = chat.chat_format(fast)
+    if template == GLM_4:  # as its generation_config.json says
+        stops = frozenset({*made.stop_ids, fast.convert_tokens_to_ids("<|user|>")})
+        made = replace(made, stop_ids=stops, stop_tokens=(end, "<|user|>"))
+    return made
 
 
 _RENDERERS: dict[str, tuple[Renderer, str, bool]] = {}
@@ -167,6 +207,9 @@ def test_exactly_the_answers_are_supervised_after_exactly_the_served_prompt(
             wanted = " " + wanted
         if family == "qwen3":
             wanted = "<think>\n\n</think>\n\n" + wanted
+        if family == "glm4":
+            last = number == len(turns) - 1
+            wanted = "\n" + (answer.rstrip() + end if last else answer + "<|user|>")
         assert renderer.backend.decode(ids[start:stop], skip_special_tokens=False) == wanted
         asked = messages[: 2 * number + 1]
         served = renderer.template_text(asked, prompt=True)
@@ -180,7 +223,7 @@ def test_rewritten_history_gives_a_row_per_turn_and_plain_history_one_row() -> N
         {"role": "user", "content": "r"}, {"role": "assistant", "content": "b"},
     ]  # fmt: skip
     assert len(encode(renderer_of("qwen3")[0], messages)) == 2
-    for family in ("chatml", "gemma", "mistral", "phi3", "zephyr", "command"):
+    for family in FAMILIES.keys() - {"qwen3", "llama3"}:
         assert len(encode(renderer_of(family)[0], messages)) == 1
 
 
@@ -296,6 +339,20 @@ def test_text_that_holds_a_control_token_is_refused() -> None:
     ]
     with pytest.raises(BadRow, match=r"control token '<\|im_end\|>'"):
         renderer_of("chatml")[0].render(Record(messages))
+
+
+def test_a_control_token_of_any_script_is_found_in_tools_and_calls() -> None:
+    template = DEEPSEEK + "{{ tools }}{# tool_calls #}"
+    renderer = Renderer(build(template, "<\uff5cend▁of▁sentence\uff5c>"))
+    question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    function = {"name": "f", "arguments": {"x": "<\uff5cUser\uff5c>"}}
+    call = answer | {"tool_calls": [{"type": "function", "function": function}]}
+    for record in (
+        Record([question, call]),
+        Record([question, answer], tools=[{"name": "f", "description": "<\uff5cAssistant\uff5c>"}]),
+    ):
+        with pytest.raises(BadRow, match=r"control token '<\uff5c(User|Assistant)\uff5c>'"):
+            renderer.render(record)
 
 
 def test_what_a_template_sets_in_one_row_is_gone_in_the_next() -> None:

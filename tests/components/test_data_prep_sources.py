@@ -408,7 +408,7 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {  # file name, content, part of 
     "cut zstd": ("a.jsonl.zst", broken_zstd(), "damaged or cut short"),
     "no zstd": ("a.jsonl.zst", LINE, "damaged or cut short"),
     "zip": ("a.zip", zipped(), "ends in none of"),
-    "zip under another name": ("a.csv", zipped(), "is not UTF-8"),
+    "zip under another name": ("a.csv", zipped(), "holds a zip archive"),
     "bzip2": ("a.jsonl.bz2", bz2.compress(LINE), "ends in none of"),
     "unknown suffix": ("a.txt", LINE, "ends in none of"),
     "json cut short": ("a.json", b'[{"text": "a"}, {"te', "malformed JSON"),
@@ -424,6 +424,13 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {  # file name, content, part of 
     "csv with a field too few": ("a.csv", b"prompt,completion\na\n", "1 fields"),
     "csv header alone": ("a.csv", b"prompt,completion\n", "is empty"),
     "csv with a repeated column": ("a.csv", b"a,a\n1,2\n", "repeated names"),
+    "csv in utf-16": ("a.csv", "prompt,completion\na,b\n".encode("utf-16"), "UTF-16"),
+    "json in utf-16": ("a.json", json.dumps(PAIRS).encode("utf-16"), "UTF-16"),
+    "json of gzipped nothing": ("a.json.gz", gzip.compress(b""), "is empty"),
+    "gzip in gzip": ("a.jsonl.gz", gzip.compress(gzip.compress(LINE)), "holds gzip data"),
+    "gzip under another name": ("a.jsonl", gzip.compress(LINE), "holds gzip data"),
+    "parquet under another name": ("a.jsonl", table_of(PAIRS), "holds a Parquet table"),
+    "zip named gz": ("a.jsonl.gz", zipped(), "is not a .gz file"),
     "csv in latin-1": ("a.csv", "prompt,completion\né,b\n".encode("latin-1"), "not UTF-8"),
     "csv with an endless field": (
         "a.csv", b"prompt,completion\na," + b"x" * 5_000_000 + b"\n", "malformed CSV",
@@ -532,6 +539,14 @@ def test_odd_names_of_columns_and_files_are_carried_through(
     result = outcome(str(path.parent))
     assert result.kept == 1
     json.dumps([result.sentences, result.digests], ensure_ascii=False).encode()
+
+
+def test_a_nul_and_an_empty_cell_of_a_table_are_counted(outcome: Prepare, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"prompt,completion\na\0,b\nc,d\n,e\n")
+    result = outcome(str(path))
+    assert result.kept == 1
+    assert dict(result.bad) == {"broken_text": 1, "empty": 1}
 
 
 def test_dates_and_numbers_of_a_table_are_no_traceback(outcome: Prepare, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ FALLBACK_TEMPLATES: Final = {
         "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
     ),
 }
+_WORDS_REMEMBERED: Final = 100_000
 _STUMBLES: Final = (
     ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
 )  # fmt: skip
@@ -132,7 +133,7 @@ def load_tokenizer(path: str, *, trust_code: bool = False) -> PreTrainedTokenize
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *_STUMBLES) as error:
         raise ModelError(
             f"the tokenizer of {path} can't be loaded: {type(error).__name__}: {error}"
         ) from error
@@ -241,10 +242,15 @@ class Renderer:
         }
         self._context = self._template.new_context(self._names, shared=True)
         self.backend = Tokenizer.from_str(self.format.tokenizer)
+        # By default 10,000 words are remembered, fewer than a language has: 1.1 times as fast.
+        resize = getattr(self.backend.model, "_resize_cache", None)
+        if resize is not None:
+            resize(_WORDS_REMEMBERED)
         # any special token may end a turn: <|im_end|>, <|eot_id|>, </s>, <end_of_turn>, ...
         self._ends = (self.format.eos_token, *self.format.controls)
         self._controls = _any_of(self.format.controls)
         self._stops = _any_of(self.format.stop_tokens)
+        self._stops_after = re.compile(rf"\s*(?:{self._stops.pattern})")
         self._reads_tools = "tools" in self.format.template
         self._reads_calls = "tool_calls" in self.format.template
         self._reads_reasoning = "reasoning_content" in self.format.template
@@ -340,6 +346,10 @@ class Renderer:
                 spans = []
             if not spans:
                 text, end = self._ended(through)
+            elif not self._stops.search(through, start):
+                # GLM stops at the token that opens the next turn
+                following = self._stops_after.match(text, end)
+                end = following.end() if following else end
             spans.append((start, end))
         rows.append(Rendered(text, tuple(reversed(spans))))
         return rows[::-1]

@@ -55,7 +55,10 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(
         mixed[keep], offsets, PERMUTATIONS, _SEED
     )
-    return np.asarray(matrix.to_rows(), np.uint32)
+    values = np.fromiter(
+        chain.from_iterable(matrix.to_rows()), np.uint32, len(texts) * PERMUTATIONS
+    )
+    return values.reshape(-1, PERMUTATIONS)
 
 
 def _units(text: str) -> list[str]:

@@ -38,6 +38,10 @@ _FORMATS: Final = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
 _REMOTE: Final = {"s3": "s3fs (pip install 'tuneline[s3]')", "gs": "gcsfs ('tuneline[gcs]')"}
 _HUB: Final = "hf://"
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_MAGIC: Final = {
+    b"\x1f\x8b": "gzip data", b"\x28\xb5\x2f\xfd": "zstd data", b"PK\x03\x04": "a zip archive",
+    b"PAR1": "a Parquet table", b"BZh": "bzip2 data",
+}  # fmt: skip
 _ALLOWED: Final = (
     f"give {', '.join(_FORMATS)}, each also .gz or .zst, as a local file, folder or glob, "
     f"hf://org/name, s3://, gs://, or {', '.join(DEMO_SOURCES)}"
@@ -244,12 +248,22 @@ def _decompressed(raw: _Hashing, compression: str) -> io.BufferedReader:
 
 def _lines(name: str, raw: _Hashing, compression: str) -> Iterator[Block]:
     with _decompressed(raw, compression) as file:
-        start = file.peek(4)[:4]
-        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise DataError(f"data file {name} is UTF-16: save it as UTF-8")
-        if start.startswith(codecs.BOM_UTF8):
-            file.read(len(codecs.BOM_UTF8))
+        _check_start(name, file)
         yield from _blocks_of_lines(name, file)
+
+
+def _check_start(name: str, file: io.BufferedReader) -> None:
+    """Skip a byte order mark; refuse what is no text by its first bytes."""
+    start = file.peek(4)[:4]
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"data file {name} is UTF-16: save it as UTF-8")
+    for magic, kind in _MAGIC.items():
+        if start.startswith(magic):
+            raise DataError(
+                f"data file {name} holds {kind} and no text: unpack it, or name it as what it is"
+            )
+    if start.startswith(codecs.BOM_UTF8):
+        file.read(len(codecs.BOM_UTF8))
 
 
 def _blocks_of_lines(name: str, file: io.BufferedReader) -> Iterator[Block]:
@@ -275,8 +289,7 @@ def _blocks_of_lines(name: str, file: io.BufferedReader) -> Iterator[Block]:
 
 def _json(name: str, raw: _Hashing, compression: str) -> Iterator[Block]:
     with _decompressed(raw, compression) as file:
-        if file.peek(3)[:3] == codecs.BOM_UTF8:
-            file.read(3)
+        _check_start(name, file)
         while (start := file.peek(1)[:1]) and start.isspace():
             file.read(1)
         if start == b"[":
@@ -343,7 +356,8 @@ def _json_blocks(rows: Iterable[Any], name: str) -> Iterator[Block]:
 def _csv(name: str, raw: _Hashing, compression: str) -> Iterator[Block]:
     csv.field_size_limit(MAX_ROW_BYTES)
     with _decompressed(raw, compression) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        _check_start(name, file)
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
         reader = csv.reader(text, strict=True)
         yield from _json_blocks(_csv_rows(name, reader), name)
 
