@@ -1,6 +1,6 @@
 """Data preparation against the bare tokenizers batch encoder, on the same rows and cores.
 
-    python benchmarks/data_prep.py 10000 100000 1000000 [--base-model demo] [--repeats 1]
+    python benchmarks/data_prep.py 10000 100000 1000000 [--base-model demo] [--without-bare]
 
 Writes chats of about 220 tokens, composed at random, into a temporary folder, and for each number
 of rows runs, in processes of their own:
@@ -175,11 +175,18 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def _ratio(base: dict[str, Any] | None, got: dict[str, Any], name: str) -> str:
+    return f"{base[name] / got[name]:.2f}" if base else ""
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("rows", type=int, nargs="+")
     parser.add_argument("--base-model", default="demo")
+    parser.add_argument(
+        "--without-bare", action="store_true", help="no comparison: what memory does at many rows"
+    )
     options = parser.parse_args()
     from tuneline import base_model
 
@@ -197,22 +204,29 @@ def main() -> None:
             rows_file = path / "rows.jsonl"
             write_rows(rows_file, count)
             cache = str(path / "cache")
-            variants = [
-                ("bare encoder", measure("--bare", folder, str(rows_file),
-                                         TOKENIZERS_PARALLELISM="true")),
+            variants = (
+                []
+                if options.without_bare
+                else [
+                    (
+                        "bare encoder",
+                        measure("--bare", folder, str(rows_file), TOKENIZERS_PARALLELISM="true"),
+                    ),
+                ]
+            )
+            variants += [
                 ("prepare", measure("--prepare", folder, str(rows_file), str(path / "a"),
                                     TUNELINE_CACHE=cache)),
                 ("prepare again", measure("--prepare", folder, str(rows_file), str(path / "b"),
                                           TUNELINE_CACHE=cache)),
             ]  # fmt: skip
-        base = variants[0][1]
+        base = None if options.without_bare else variants[0][1]
         for name, got in variants:
             mean = got["tokens"] / max(got.get("kept", got["rows"]), 1)
             print(
                 f"| {count:,} | {mean:.0f} | {name} "
                 f"| {got['rows'] / got['seconds']:,.0f} | {got['cpu_seconds']:.1f} "
-                f"| {base['seconds'] / got['seconds']:.2f} "
-                f"| {base['cpu_seconds'] / got['cpu_seconds']:.2f} "
+                f"| {_ratio(base, got, 'seconds')} | {_ratio(base, got, 'cpu_seconds')} "
                 f"| {got['peak_bytes'] / 1e6:,.0f} MB |",
                 flush=True,
             )

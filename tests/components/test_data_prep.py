@@ -416,7 +416,7 @@ def test_the_contract_counts_what_it_saw(prepared: Prepare, chats: Chats) -> Non
     assert contract["passed"] and all(check["holds"] for check in contract["checks"])
     assert contract["rows_in"] == contract["rows_out"] == 240
     assert contract["round_trip"] == {
-        "rows_checked": 10, "rows_that_differ": 0, "fraction": 1.0, "examples": [],
+        "rows_checked": 14, "rows_that_differ": 0, "fraction": 1.0, "examples": [],
     }  # fmt: skip
     assert contract["eos_fraction"] == 1.0
     assert 0.05 < contract["supervised_token_fraction"] < 0.5

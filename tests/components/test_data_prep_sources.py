@@ -9,6 +9,7 @@ import os
 import zipfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -560,6 +561,18 @@ def test_dates_and_numbers_of_a_table_are_no_traceback(outcome: Prepare, tmp_pat
     path.write_bytes(table_of(rows))
     result = outcome(str(path), group_by="at")
     assert dict(result.bad) == {"template_error": 1, "missing_column": 1}
+
+
+def test_dates_in_a_call_that_the_template_renders_are_no_traceback(
+    chats_of_tiny: chat.ChatFormat, tmp_path: Path
+) -> None:
+    template = chats_of_tiny.template + "{{ messages[-1].tool_calls }}"
+    path = tmp_path / "rows.parquet"
+    calls = [{"name": "f", "arguments": {"at": datetime(2026, 1, 2)}}]
+    asked = {"messages": [GOOD["messages"][0], {"role": "assistant", "tool_calls": calls}]}
+    path.write_bytes(table_of([asked]))
+    made = Outcome(replace(chats_of_tiny, template=template), str(path))
+    assert made.kept == 1
 
 
 def test_a_byte_order_mark_is_no_fault(outcome: Prepare, tmp_path: Path) -> None:

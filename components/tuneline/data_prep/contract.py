@@ -211,7 +211,7 @@ def _round_trip(ledger: Ledger, tokenizer: Any, template: str, data: DataSection
     """Sampled rows against what transformers' own `apply_chat_template` gives a server."""
     checked, faults = 0, []
     for sample in _spread(ledger.samples, _CHECKED_ROWS):
-        if not sample["messages"] or len(sample["text"]) == 20000:
+        if not sample["messages"]:
             continue
         checked += 1
         if not _as_served(sample, tokenizer, template, data):

@@ -48,6 +48,9 @@ _VERSION: Final = 1
 _DECIDES: Final = ("jinja2", "rensa", "tokenizers", "transformers")
 _ROWS_AT_ONCE: Final = 250
 _SAMPLES: Final = 10
+_SAMPLE_CHARACTERS: Final = 100_000
+_EVERY: Final = 50
+"""A sample is taken of the first rows of a block, and of every so manieth one."""
 _EXAMPLES: Final = 5
 _LEAST_WORDS: Final = 8
 _PRELOADED: Final = [
@@ -298,7 +301,11 @@ class Encoder:
             if plan.role != "evaluation":
                 for piece in learnable:
                     sink.add(row, piece)
-            if len(samples) < _SAMPLES and plan.role != "evaluation":
+            if (
+                (len(samples) < _SAMPLES or not row % _EVERY)
+                and plan.role != "evaluation"
+                and len(rendered[-1].text) <= _SAMPLE_CHARACTERS
+            ):
                 samples.append(self._sample(row, record, rendered[-1], whole[-1], split))
 
     def _split(self, opened: int) -> str:
@@ -333,10 +340,9 @@ class Encoder:
             "split": split,
             "messages": record.messages,
             "tools": record.tools,
-            "text": rendered.text[:20000],
+            "text": rendered.text,
             "spans": rendered.spans,
-            "input_ids": tokens.input_ids[:8000],
-            "whole": len(rendered.spans) > 1 or self.plan.loss == "all" or not record.messages,
+            "input_ids": tokens.input_ids,
         }
 
 
@@ -459,7 +465,9 @@ def _write_index(path: Path, columns: _Columns, words: list[str], metadata: dict
     }
     flat = pa.array(signatures(words).reshape(-1))
     arrays["signature"] = pa.FixedSizeListArray.from_arrays(flat, PERMUTATIONS)
-    table = pa.table(arrays).replace_schema_metadata({"tuneline": json.dumps(metadata)})
+    table = pa.table(arrays).replace_schema_metadata(
+        {"tuneline": json.dumps(metadata, default=str)}
+    )
     _write(path.with_suffix(".index"), table)
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES: Final = 20
 _SAMPLES: Final = 300
+_SAMPLE_CHARACTERS: Final = 10**7
 _NUMBERS: Final = (
     "row", "content", "opening", "question", "group", "id", "split", "pieces", "tokens",
     "supervised", "longest", "ends",
@@ -52,6 +53,7 @@ class Ledger:
         self._columns: dict[str, list[np.ndarray]] = {name: [] for name in _NUMBERS}
         self._all: dict[str, np.ndarray] = {}
         self._sizes: list[int] = []
+        self._sampled = 0
 
     def add(self, block: EncodedBlock, signatures: Callable[[Any], None] | None) -> None:
         """Take a block's index."""
@@ -74,12 +76,15 @@ class Ledger:
                 self.examples.append(
                     {"where": block.block.where(row), "reason": reason, "sentence": sentence}
                 )
-        if len(self.samples) < _SAMPLES:
+        if samples := metadata["samples"]:
+            if len(self.samples) > _SAMPLES // 3:  # one of each of the later blocks
+                samples = [samples[len(self.blocks) % len(samples)]]
             label = self.plans[block.plan].source.label
-            self.samples += [
-                s | {"where": block.block.where(s["row"]), "source": label}
-                for s in metadata["samples"][: 10 if len(self.samples) < _SAMPLES // 3 else 1]
-            ]
+            for sample in samples:
+                self._sampled += len(sample["text"])
+                if len(self.samples) < _SAMPLES and self._sampled < _SAMPLE_CHARACTERS:
+                    where = block.block.where(sample["row"])
+                    self.samples.append(sample | {"where": where, "source": label})
 
     def settle(self, data: DataSection, similar: Any) -> None:
         """Decide which rows stay.
