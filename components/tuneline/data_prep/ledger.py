@@ -60,7 +60,8 @@ class Ledger:
         index = block.index()
         metadata = metadata_of(index)
         for name in _NUMBERS:
-            self._columns[name].append(index.column(name).to_numpy())
+            # a copy: a view would keep the whole index in memory, ten times as much
+            self._columns[name].append(index.column(name).to_numpy().copy())
         if signatures is not None:
             import numpy as np
 
