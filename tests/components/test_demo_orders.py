@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tuneline.data_prep.records import DEMO_SOURCES
+from tuneline.data_prep.sources import DEMO_SOURCES
 from tuneline.demo import model, orders
 from tuneline.errors import ModelError
 
