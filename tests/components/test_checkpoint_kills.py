@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,19 @@ class Server:
         assert self._process.stdout is not None and self._process.stdin is not None
         self._out, self._in = self._process.stdout, self._process.stdin
         assert self._out.readline() == "ready\n"
+        self._is_running = False
 
     def start(self, output: str, **request: Any) -> int:
+        if self._is_running:  # a test that failed left it: its status is no pid
+            self.wait()
         request |= {"output": str(self.root / output), "log": str(self.log(output))}
         self._in.write(json.dumps(request) + "\n")
         self._in.flush()
+        self._is_running = True
         return int(self._out.readline())
 
     def wait(self) -> int:
+        self._is_running = False
         return int(self._out.readline())
 
     def log(self, output: str) -> Path:
@@ -90,26 +95,29 @@ def request_(
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(server: Server, request_: dict[str, Any]) -> tuple[artifacts.Artifact, float]:
-    started = time.monotonic()
+def whole(server: Server, request_: dict[str, Any]) -> artifacts.Artifact:
+    """Of a run that nothing stopped."""
     server.start("whole", **request_)
     assert server.wait() == 0, server.log("whole").read_text()
-    return artifacts.load(server.root / "whole", "adapter"), time.monotonic() - started
+    return artifacts.load(server.root / "whole", "adapter")
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_ten_random_moments_equals_the_uninterrupted_one(
-    server: Server, request_: dict[str, Any], uninterrupted: tuple[artifacts.Artifact, float]
+    server: Server, request_: dict[str, Any], whole: artifacts.Artifact
 ) -> None:
-    whole, seconds = uninterrupted
     chance = random.Random(20)
     kills = [signal.SIGKILL, signal.SIGTERM] * 5
     chance.shuffle(kills)
     landed = []
     for number in kills:
+        steps = _steps(server.log("killed"))
         pid = server.start("killed", **request_)
-        # past the start, so that most land in training and in the writing of checkpoints
-        time.sleep(0.1 * seconds + chance.random() * 0.25 * seconds)
+        # by steps and not by the clock, whose pace depends on what else the machine does; the
+        # moment within a step is random, and most of the time a checkpoint is written in it
+        wanted = steps + chance.randrange(3)
+        _wait_until(lambda: _steps(server.log("killed")) >= wanted, server.log("killed"))  # noqa: B023
+        time.sleep(chance.random() * 0.1)
         os.kill(pid, number)
         code = server.wait()
         text = server.log("killed").read_text()
@@ -128,18 +136,25 @@ def test_a_run_killed_at_ten_random_moments_equals_the_uninterrupted_one(
     assert not any((server.root / "checkpoints").iterdir()), "removed after success"
 
 
-def _wait_for(log: Path, text: str) -> None:
-    deadline = time.monotonic() + 60
-    while not log.exists() or text not in log.read_text():
+def _steps(log: Path) -> int:
+    return log.read_text().count("  loss ") if log.exists() else 0
+
+
+def _wait_until(is_so: Callable[[], bool], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not is_so():
         assert time.monotonic() < deadline, log.read_text() if log.exists() else "no log"
         time.sleep(0.01)
 
 
+def _wait_for(log: Path, text: str) -> None:
+    _wait_until(lambda: log.exists() and text in log.read_text(), log)
+
+
 @pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_leaves_the_previous_checkpoint(
-    server: Server, request_: dict[str, Any], uninterrupted: tuple[artifacts.Artifact, float]
+    server: Server, request_: dict[str, Any], whole: artifacts.Artifact
 ) -> None:
-    whole, _ = uninterrupted
     pid = server.start("full", **request_)
     _wait_for(server.log("full"), "step 20/")
     os.kill(pid, signal.SIGTERM)
@@ -160,9 +175,8 @@ def test_a_full_disk_stops_the_run_and_leaves_the_previous_checkpoint(
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_skipped_and_named(
-    server: Server, request_: dict[str, Any], uninterrupted: tuple[artifacts.Artifact, float]
+    server: Server, request_: dict[str, Any], whole: artifacts.Artifact
 ) -> None:
-    whole, _ = uninterrupted
     pid = server.start("damaged", **request_)
     _wait_for(server.log("damaged"), "step 12/")
     os.kill(pid, signal.SIGTERM)
