@@ -14,7 +14,9 @@ from tuneline_pipelines.cli import main
 HEAVY = ("torch", "transformers", "peft", "mlflow", "datasets", "bitsandbytes")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["compile", "--out", "{out}"], ["schema"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["compile", "--out", "{out}"], ["schema"], ["methods"]]
+)
 def test_help_and_compiling_import_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
     code = (
         "import sys\nfrom tuneline_pipelines.cli import main\n"
