@@ -2,9 +2,9 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from tuneline import base_model, recipe
 from tuneline.artifacts import Artifact
 from tuneline.base_model import BaseModel
 from tuneline.data_prep.prepare import prepare
-from tuneline.errors import MethodError, RecipeError
+from tuneline.errors import ArtifactError, MethodError, RecipeError
 from tuneline.finetune.load import load_base, load_tuned, parameter_count
 from tuneline.finetune.loss import supervised_nll
 from tuneline.finetune.methods import METHODS, Method
@@ -231,10 +232,7 @@ def test_two_on_one_base_switch_and_each_gives_its_own_output(tuned: Tuned, tmp_
     tuned.method.save(model, str(tmp_path))
     both = tuned.load()
     assert isinstance(both, PeftModel)
-    with warnings.catch_warnings():
-        # of zero biases that were added: they can't be merged
-        warnings.filterwarnings("ignore", message="Detected that the base layer has no bias")
-        both.load_adapter(str(tmp_path), "second")
+    assert tuned.method.load(both, str(tmp_path), "second") is both
     for name, expected in (("second", second), ("default", first), ("second", second)):
         both.set_adapter(name)
         torch.testing.assert_close(logits(both), expected, rtol=0, atol=0)
@@ -269,6 +267,7 @@ for job in json.loads(sys.stdin.read()):
         model = AutoModelForCausalLM.from_pretrained(job["adapter"], **options)
     else:
         from peft import PeftModel
+from safetensors.torch import load_file, save_file
         if job["double"] is not None:
             from transformers import BitsAndBytesConfig
             options["quantization_config"] = BitsAndBytesConfig(
@@ -316,6 +315,35 @@ def loaded_elsewhere(
 def test_a_fresh_process_loads_it_with_equal_logits(tuned: Tuned, loaded_elsewhere: Path) -> None:
     elsewhere = torch.load(loaded_elsewhere / tuned.adapter.path.name, weights_only=True)
     torch.testing.assert_close(elsewhere, logits(tuned.load()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside"])
+@pytest.mark.parametrize("fault", ["lacks", "has unknown", "is of another model"])
+@every_method
+def test_an_adapter_with_other_tensors_is_refused(
+    method: Method,
+    fault: str,
+    beside: bool,
+    train: Callable[[Method, str], Tuned],
+    tmp_path: Path,
+) -> None:
+    if method.stored_as == "model":
+        return
+    tuned = train(method, "qwen2")
+    folder = tmp_path / "adapter"
+    shutil.copytree(tuned.adapter.path, folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    first = min(tensors)
+    if fault == "lacks":
+        del tensors[first]
+    elif fault == "has unknown":
+        tensors[f"{first}.more"] = tensors[first].clone()
+    else:
+        tensors[first] = torch.cat([tensors[first], tensors[first]], dim=-1)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    model = tuned.load() if beside else tuned.load_base()
+    with pytest.raises(ArtifactError, match=f"{fault}( tensors \\({first}|.*mismatch)"):
+        method.load(model, str(folder), "second")  # type: ignore[arg-type]
 
 
 @every_method
@@ -452,8 +480,6 @@ def test_prompt_tuning_starts_from_a_text(
 def test_code_of_a_model_runs_only_when_it_is_pinned(
     model_reference: Callable[[str], str], tmp_path: Path
 ) -> None:
-    import shutil
-
     from tuneline.errors import ModelError
 
     reference = model_reference("baichuan_shaped")

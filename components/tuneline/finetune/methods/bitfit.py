@@ -85,10 +85,10 @@ def attach(model: PreTrainedModel, config: MethodSettings) -> PeftModel:
     return tuned
 
 
-def load(model: PreTrainedModel, folder: str) -> PeftModel:
+def load(model: PreTrainedModel | PeftModel, folder: str, name: str = "default") -> PeftModel:
     """Put a saved adapter on its base."""
     with _merging_is_told_elsewhere():
-        return load_adapter(model, folder)
+        return load_adapter(model, folder, name)
 
 
 @contextmanager

@@ -100,15 +100,16 @@ def attach(model: PreTrainedModel, config: MethodSettings) -> PeftModel:
     return tuned
 
 
-def load(model: PreTrainedModel, folder: str) -> PeftModel:
+def load(model: PreTrainedModel | PeftModel, folder: str, name: str = "default") -> PeftModel:
     """Put a saved adapter on its base.
 
     Raises:
+        ArtifactError: the adapter lacks tensors that the model needs of it, or has others.
         MethodError: the adapter was trained on a base of another hidden size.
     """
     # registers the tuner, which peft then finds by the type in adapter_config.json
     importlib.import_module("tuneline.finetune.methods.bottleneck_tuner")
-    return load_adapter(model, folder)
+    return load_adapter(model, folder, name)
 
 
 METHOD = Method(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from tuneline.errors import ArtifactError
 from tuneline.settings import Settings
 
 if TYPE_CHECKING:
@@ -68,9 +71,20 @@ class Save(Protocol):
 
 
 class Load(Protocol):
-    """Puts a saved adapter on a base, ready to compute."""
+    """Puts a saved adapter on a base, ready to compute.
 
-    def __call__(self, model: PreTrainedModel, folder: str) -> PeftModel: ...
+    Args:
+        model: the base; or what `load` gave for it, beside whose adapters this one is put.
+        folder: of the adapter.
+        name: that `set_adapter` knows it by; one that comes beside others is not active yet.
+
+    Raises:
+        ArtifactError: the adapter lacks tensors that the model needs of it, or has others.
+    """
+
+    def __call__(
+        self, model: PreTrainedModel | PeftModel, folder: str, name: str = "default"
+    ) -> PeftModel: ...
 
 
 class CreateOptimizer(Protocol):
@@ -155,31 +169,97 @@ def save_adapter(model: PeftModel | PreTrainedModel, folder: str) -> None:
     model.save_pretrained(folder)
 
 
-def load_adapter(model: PreTrainedModel, folder: str) -> PeftModel:
-    """Put a PEFT adapter on its base, whose embeddings grow by the tokens that it added."""
+def load_adapter(
+    model: PreTrainedModel | PeftModel, folder: str, name: str = "default"
+) -> PeftModel:
+    """Put a PEFT adapter on its base, whose embeddings grow by the tokens that it added, or beside
+    the adapters that are there.
+
+    Raises:
+        ArtifactError: the adapter lacks tensors that the model needs of it, or has others, or of
+            another shape.
+    """
     from peft import PeftModel
-    from safetensors import safe_open
     from torch.nn import Embedding
 
-    embedding = model.get_input_embeddings()
-    name = next((key for key, module in model.named_modules() if module is embedding), "")
-    with safe_open(f"{folder}/adapter_model.safetensors", "pt") as tensors:
-        key = f"base_model.model.{name}.weight"
-        rows = tensors.get_slice(key).get_shape()[0] if key in tensors.keys() else None  # noqa: SIM118  not a dict
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    embedding = base.get_input_embeddings()
+    rows = _embedding_rows(base, folder)
     if rows is not None and rows != embedding.get_parameter("weight").shape[0]:
-        model.resize_token_embeddings(rows, mean_resizing=False)
+        if isinstance(model, PeftModel):
+            raise ArtifactError(
+                f"the adapter in {folder} added tokens, {rows} in all, and others are on this base "
+                "already: load it alone"
+            )
+        base.resize_token_embeddings(rows, mean_resizing=False)
+    if isinstance(model, PeftModel):
+        with _peft_errors(folder):
+            model.load_adapter(folder, adapter_name=name)
+        _check_complete(model, folder, name)
+        return model
     without_weights = any(p.numel() > 1 and not any(p.stride()) for p in model.parameters())
-    if not without_weights:
-        return PeftModel.from_pretrained(model, folder)
     output = model.get_output_embeddings()
-    tied = output is not None and output.weight is embedding.weight
-    # assigns the adapter's tensors: the base's can't be written to
-    tuned = PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True)
+    tied = output is not None and output.weight is model.get_input_embeddings().weight
+    with _peft_errors(folder):
+        # without weights the adapter's tensors are assigned: the base's can't be written to
+        tuned = PeftModel.from_pretrained(
+            model, folder, adapter_name=name, low_cpu_mem_usage=without_weights
+        )
     embedding = model.get_input_embeddings()
-    if tied and rows is not None and isinstance(embedding, Embedding):
+    if without_weights and tied and rows is not None and isinstance(embedding, Embedding):
         # assigning has parted them; a whole module of the adapter's own stays apart
         model.get_output_embeddings().weight = embedding.weight  # pyright: ignore[reportOptionalMemberAccess]  # tied
+    _check_complete(tuned, folder, name)
     return tuned
+
+
+def _embedding_rows(base: PreTrainedModel, folder: str) -> int | None:
+    """Rows of the input embeddings that the adapter brings, if it brings any."""
+    from safetensors import safe_open
+
+    embedding = base.get_input_embeddings()
+    name = next((key for key, module in base.named_modules() if module is embedding), "")
+    with safe_open(f"{folder}/adapter_model.safetensors", "pt") as tensors:
+        key = f"base_model.model.{name}.weight"
+        return tensors.get_slice(key).get_shape()[0] if key in tensors.keys() else None  # noqa: SIM118  not a dict
+
+
+@contextmanager
+def _peft_errors(folder: str) -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error later
+        try:
+            yield
+        except KeyError as error:  # of prompt tuning, which has a single tensor
+            raise _other_tensors(folder, "lacks", {str(error.args[0])}) from error
+        except RuntimeError as error:
+            shapes = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+            if not shapes:
+                raise
+            raise ArtifactError(
+                f"the adapter in {folder} is of another model: {shapes[0]}"
+            ) from error
+
+
+def _check_complete(tuned: PeftModel, folder: str, name: str) -> None:
+    """peft leaves what the file lacks at its random start and drops what it does not know."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(f"{folder}/adapter_model.safetensors", "pt") as file:
+        found = set(file.keys())
+    needed = set(get_peft_model_state_dict(tuned, adapter_name=name, save_embedding_layers=False))
+    own = {f"base_model.model.{key}" for key in tuned.get_base_model().state_dict()}
+    for fault, keys in (("lacks", needed - found), ("has unknown", found - needed - own)):
+        if keys:
+            raise _other_tensors(folder, fault, keys)
+
+
+def _other_tensors(folder: str, fault: str, keys: set[str]) -> ArtifactError:
+    return ArtifactError(
+        f"the adapter in {folder} {fault} tensors ({min(keys)} and {len(keys) - 1} more): it is "
+        "damaged or of another model; run its training again"
+    )
 
 
 def one_learning_rate(
