@@ -55,9 +55,9 @@ def guard(step: Callable[..., T], **arguments: Any) -> T:
         sys.exit(EXIT_TERMINATED)
 
 
-def _quiet_libraries() -> None:
-    # loading bars and migration chatter would bury the lines that a person needs; set before the
-    # libraries are imported, unless the user wants them
+def quiet_libraries() -> None:
+    """Before any is imported: no loading bars, which would bury the lines that a person needs."""
+    # unless the user wants them
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -72,7 +72,7 @@ def _quiet_libraries() -> None:
 @contextmanager
 def _step(task: str, run_id: str, experiment: str, imports: tuple[str, ...] = ()) -> Iterator[Step]:
     report(f"== {task}")
-    _quiet_libraries()
+    quiet_libraries()
     for module in (*imports, "mlflow") if run_id else imports:
         importlib.import_module(module)
     # what a step takes is counted from here: its own work, MLflow's record of it included, not the

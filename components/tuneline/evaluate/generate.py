@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,8 @@ def generate_answers(
     """Greedy answers in the order of the prompts.
 
     Prompts of like length go together, the longest first: little is padded, and a batch that does
-    not fit into memory fails at once and not after an hour.
+    not fit into memory fails at once and not after an hour. Behind virtual tokens (prompt tuning)
+    only prompts of equal length do: padding would come between the two, which no training row had.
 
     Args:
         model: a causal LM, wrapped by PEFT or not; it is put into evaluation mode.
@@ -57,6 +59,9 @@ def generate_answers(
     encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     lengths = [len(ids) for ids in encoded]
     context = getattr(model.config, "max_position_embeddings", None)
+    virtual = _virtual_tokens(model)
+    if context is not None:
+        context -= virtual
     if context is not None and max(lengths, default=0) >= context:
         raise DataError(
             f"a prompt of {max(lengths)} tokens leaves no room for an answer in the model's "
@@ -68,7 +73,9 @@ def generate_answers(
         pad = tokenizer.eos_token_id
     answers: list[Generated | None] = [None] * len(prompts)
     done = 0
-    for rows in batches_by_tokens(lengths, batch_size, batch_tokens, max_new_tokens):
+    for rows in batches_by_tokens(
+        lengths, batch_size, batch_tokens, max_new_tokens, padded=not virtual
+    ):
         width = lengths[rows[0]]
         input_ids = torch.full((len(rows), width), pad)
         attention_mask = torch.zeros_like(input_ids)
@@ -77,7 +84,9 @@ def generate_answers(
             input_ids[index, width - len(ids) :] = ids
             attention_mask[index, width - len(ids) :] = 1
         room = max_new_tokens if context is None else min(max_new_tokens, context - width)
-        with torch.inference_mode():
+        with torch.inference_mode(), warnings.catch_warnings():
+            # peft's, of virtual tokens: without padding, positions need not be told
+            warnings.filterwarnings("ignore", message="Position ids are not supported")
             output = model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
@@ -99,15 +108,31 @@ def generate_answers(
     return [answer for answer in answers if answer is not None]
 
 
+def _virtual_tokens(model: Any) -> int:
+    """How many vectors the active adapter puts in front of the input."""
+    config = getattr(model, "active_peft_config", None)
+    return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
+
+
 def batches_by_tokens(
-    lengths: Sequence[int], batch_size: int, batch_tokens: int, max_new_tokens: int
+    lengths: Sequence[int],
+    batch_size: int,
+    batch_tokens: int,
+    max_new_tokens: int,
+    *,
+    padded: bool = True,
 ) -> Iterator[list[int]]:
-    """Positions of prompts, longest first, so that rows x (longest + answer) fits the budget."""
+    """Positions of prompts, longest first, so that rows x (longest + answer) fits the budget.
+
+    Without `padded`, prompts of one batch have one length.
+    """
     batch: list[int] = []
     width = 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         if batch and (
-            len(batch) == batch_size or (len(batch) + 1) * (width + max_new_tokens) > batch_tokens
+            len(batch) == batch_size
+            or (len(batch) + 1) * (width + max_new_tokens) > batch_tokens
+            or not (padded or lengths[row] == width)
         ):
             yield batch
             batch = []
