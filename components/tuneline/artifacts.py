@@ -10,7 +10,9 @@ Layouts (paths inside the folder):
     prepared_dataset   {train,validation,test}-NNNNN.arrow, test_rows.jsonl, chat_template.jinja,
                        contract.json, contract.html
     adapter            adapter_config.json, adapter_model.safetensors (plain PEFT), history.jsonl
+    base_scores        measured.json
     eval_report        scores.jsonl, report.json, report.html
+    leaderboard        leaderboard.json, leaderboard.html
     merged_model       config.json, *.safetensors, tokenizer files (plain transformers), proof.json
     packaged_model     the adapter's files, tokenizer files, loader.json, README.md
 
@@ -36,7 +38,15 @@ from tuneline.errors import ArtifactError, TunelineError
 FORMAT_VERSION: Final = 1
 MANIFEST: Final = "manifest.json"
 
-Kind = Literal["prepared_dataset", "adapter", "eval_report", "merged_model", "packaged_model"]
+Kind = Literal[
+    "prepared_dataset",
+    "adapter",
+    "base_scores",
+    "eval_report",
+    "leaderboard",
+    "merged_model",
+    "packaged_model",
+]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import sys
+from collections.abc import Sequence
 
 REPORT_PREFIX = "[tuneline] "
 TICK_PREFIX = "[tuneline~] "
@@ -53,3 +54,11 @@ def complain(text: str) -> None:
     """The sentence that a failed step ends with."""
     sys.stdout.flush()
     print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A table as text, the first row being the head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+    rule = "-" * max(map(len, lines))
+    return "\n".join(line.rstrip() for line in (lines[0], rule, *lines[1:]))

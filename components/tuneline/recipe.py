@@ -355,6 +355,9 @@ class Recipe(Settings):
     gate: GateSection = GateSection()
     export: ExportSection = ExportSection()
     registry: RegistrySection
+    compare: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Legs of `tuneline compare`: a method's name, or a name of your own with `method` naming one,
+    to `learning_rate` and the hyperparameters that differ from the method's defaults."""
 
     @field_validator("method", mode="before")
     @classmethod
@@ -367,8 +370,13 @@ class Recipe(Settings):
 SECTIONS: Final = tuple(Recipe.model_fields)
 
 
-def resolve(values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
+def resolve(values: Mapping[str, Any], *, source: str = "recipe", exports: bool = True) -> Recipe:
     """Check all sections, and each against the others, and fill in the defaults.
+
+    Args:
+        values: the sections.
+        source: what errors name.
+        exports: whether the run ends in an exported model, of a form that not every method has.
 
     Raises:
         RecipeError: with every fault.
@@ -376,8 +384,9 @@ def resolve(values: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
     recipe = _validate(Recipe, values, source)
     method = method_of(recipe.method)
     check_gate(recipe.gate, recipe.evaluation, source=source)
-    check_form(recipe.method, recipe.export.form, source=source)
-    check_export(recipe.method, recipe.export, source=source)
+    if exports:
+        check_form(recipe.method, recipe.export.form, source=source)
+        check_export(recipe.method, recipe.export, source=source)
     training = with_learning_rate(recipe.training, method)
     return recipe.model_copy(update={"training": training})
 
@@ -531,7 +540,7 @@ def unknown_method(name: str) -> str:
     return f"method '{name}' is unknown; methods are {', '.join(names)}.{did_you_mean(name, names)}"
 
 
-def read(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+def read(path: Path, overrides: Iterable[str] = (), *, exports: bool = True) -> Recipe:
     """Read a recipe file and apply `section.key=value` overrides.
 
     Raises:
@@ -551,7 +560,7 @@ def read(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         raise RecipeError(str(path), [f"is not YAML: {' '.join(str(error).split())}"]) from error
     if not isinstance(values, dict):
         raise RecipeError(str(path), [f"must be a mapping of sections {', '.join(SECTIONS)}"])
-    return resolve(apply_overrides(values, overrides), source=str(path))
+    return resolve(apply_overrides(values, overrides), source=str(path), exports=exports)
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from safetensors import SafetensorError
 
@@ -24,7 +24,10 @@ from tuneline.base_model import cache_dir
 from tuneline.errors import EXIT_FAILED, EXIT_TERMINATED, RegistryError, Terminated, TunelineError
 from tuneline.progress import complain, peak_memory_bytes, ranks, record, report
 from tuneline.termination import raise_on_sigterm
-from tuneline.tracking import Step, finish_run, tracked
+from tuneline.tracking import Step, TrackedStep, finish_run, tracked
+
+if TYPE_CHECKING:
+    from tuneline.compare.leg import Job
 
 T = TypeVar("T")
 NOT_REGISTERED: Final = 0
@@ -70,7 +73,14 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def _step(task: str, run_id: str, experiment: str, imports: tuple[str, ...] = ()) -> Iterator[Step]:
+def _step(
+    task: str,
+    run_id: str,
+    experiment: str,
+    imports: tuple[str, ...] = (),
+    *,
+    pipeline: str = "finetune",
+) -> Iterator[Step]:
     report(f"== {task}")
     quiet_libraries()
     for module in (*imports, "mlflow") if run_id else imports:
@@ -78,7 +88,7 @@ def _step(task: str, run_id: str, experiment: str, imports: tuple[str, ...] = ()
     # what a step takes is counted from here: its own work, MLflow's record of it included, not the
     # start of its process and its imports
     started = time.monotonic()
-    with tracked(run_id, task, experiment=experiment) as step:
+    with tracked(run_id, task, experiment=experiment, pipeline=pipeline) as step:
         yield step
         peak = peak_memory_bytes()
         seconds = time.monotonic() - started
@@ -293,3 +303,122 @@ def promote(
     if run_id:
         finish_run(run_id, experiment)
     return promotion.alias
+
+
+def check_compare(
+    base_model: str,
+    sections: Mapping[str, Any],
+    methods: Sequence[str],
+    run_id: str,
+    experiment: str,
+) -> list[dict[str, Any]]:
+    """Check the recipe and every leg of a comparison; returns the legs."""
+    from tuneline.compare.legs import legs_of
+
+    with _step("check_compare", run_id, experiment, pipeline="compare") as step:
+        resolved = recipe.resolve({"model": {"base_model": base_model}, **sections}, exports=False)
+        legs = [leg.values() for leg in legs_of(resolved, methods)]
+        values = resolved.model_dump(mode="json", exclude_none=True)
+        step.log_params({section: values[section] for section in recipe.SECTIONS})
+        step.log_params({"legs": [leg["name"] for leg in legs]})
+        report(f"legs: {', '.join(leg['name'] for leg in legs)}")
+        return legs
+
+
+def measure_base(
+    base_model: str,
+    dataset: str,
+    evaluation: Mapping[str, Any],
+    output: str,
+    run_id: str = "",
+    experiment: str = "",
+) -> None:
+    """The base's scores on the test split, for the evaluations of several adapters."""
+    from tuneline.evaluate.evaluate import measure_base as measure
+
+    section = recipe.check(recipe.EvaluationSection, evaluation, source="evaluation")
+    with _step("measure_base", run_id, experiment, _TORCH):
+        measure(base_model, Path(dataset), section, Path(output))
+
+
+def compare_leg(
+    leg: Mapping[str, Any],
+    base_model: str,
+    dataset: str,
+    base_scores: str,
+    evaluation: Mapping[str, Any],
+    gate: Mapping[str, Any],
+    adapter: str,
+    eval_report: str,
+    run_id: str = "",
+    experiment: str = "",
+) -> dict[str, Any]:
+    """Train and evaluate one leg in a process of its own; returns its row, also of a failed one."""
+    from tuneline.compare.leg import FAILED, Job
+    from tuneline.compare.watch import run_watched
+
+    job = Job(
+        leg=dict(leg),
+        base_model=base_model,
+        dataset=str(Path(dataset).absolute()),
+        base_scores=str(Path(base_scores).absolute()),
+        evaluation=dict(evaluation),
+        gate=dict(gate),
+        adapter=str(Path(adapter).absolute()),
+        eval_report=str(Path(eval_report).absolute()),
+        result="",
+        run_id=run_id,
+        experiment=experiment,
+    )
+    quiet_libraries()
+    with tracked(run_id, _task_of(job), experiment=experiment) as step:
+        # both processes write to one MLflow run
+        shared = {"MLFLOW_RUN_ID": step.run_id} if isinstance(step, TrackedStep) else {}
+        row = run_watched(job, shared)
+        step.log_metrics({k: v for k, v in row.items() if isinstance(v, int | float)})
+        if row["status"] == FAILED:
+            report(f"{row['leg']} failed: {row['reason']}")
+            step.log_params({"failed": row["reason"]})
+            if isinstance(step, TrackedStep):
+                step.failed = True
+    return row
+
+
+def _task_of(job: Job) -> str:
+    return f"leg_{job.leg['name']}"
+
+
+def train_leg(job: Job) -> dict[str, Any]:
+    """What the process of a leg does; returns its row."""
+    from tuneline.compare.leg import run_leg
+
+    with _step(_task_of(job), job.run_id, job.experiment, _TORCH) as step:
+        return run_leg(job, step)
+
+
+def leaderboard(
+    rows: Sequence[Mapping[str, Any]],
+    base_model: str,
+    output: str,
+    run_id: str = "",
+    experiment: str = "",
+) -> dict[str, Any]:
+    """The legs' rows to a leaderboard; returns its content.
+
+    Raises:
+        TrainingError: no leg finished; the leaderboard is there all the same.
+    """
+    from tuneline.compare import leaderboard as board
+
+    with _step("leaderboard", run_id, experiment) as step:
+        made = board.write(board.rank(rows), base_model, Path(output))
+        content = made.read_json(board.JSON)
+        for name in (board.JSON, board.HTML):
+            step.log_file(made.path / name)
+        step.log_metrics({f"score_{row['leg']}": row["score"] for row in board.finished(content)})
+        for line in board.table(content).splitlines():
+            report(line)
+        board.check_finished(content)
+    if run_id:
+        finish_run(run_id, experiment)
+    return content

@@ -89,11 +89,13 @@ class TrackedStep:
     Attributes:
         client: of the tracking server.
         run_id: of this step's run.
+        failed: set where the run ends FAILED although the step itself goes on.
     """
 
     def __init__(self, client: MlflowClient, run_id: str) -> None:
         self.client = client
         self.run_id = run_id
+        self.failed = False
         path = _spool_folder() / f"{run_id}.jsonl"
         try:
             self._spool = Spool(path, self._send)
@@ -267,13 +269,16 @@ def open_client() -> MlflowClient:
 
 
 @contextmanager
-def tracked(run_id: str, task: str, *, experiment: str) -> Iterator[Step]:
+def tracked(
+    run_id: str, task: str, *, experiment: str, pipeline: str = "finetune"
+) -> Iterator[Step]:
     """The run of one step of a pipeline run; it ends FINISHED or FAILED.
 
     Args:
         run_id: of the pipeline run; empty for a step on its own.
         task: name of the step.
         experiment: of MLflow, created if it does not exist.
+        pipeline: what the parent run is named after by the first step.
 
     Raises:
         RegistryError: MLflow can't be reached.
@@ -284,16 +289,19 @@ def tracked(run_id: str, task: str, *, experiment: str) -> Iterator[Step]:
     client = open_client()
     _send_leftovers(client)
     with mlflow_errors(f"opening the run of {task}"):
-        step_run_id, parent = _run_of_step(client, run_id, task, experiment)
+        step_run_id, parent = _run_of_step(client, run_id, task, experiment, pipeline)
     step = TrackedStep(client, step_run_id)
-    status = "FAILED"
+    status, failed = "FAILED", [step_run_id, *([parent] if parent else [])]
     try:
         yield step
-        status = "FINISHED"
+        if step.failed:
+            failed = [step_run_id]
+        else:
+            status = "FINISHED"
     finally:
         step.close(status if parent or status == "FAILED" else "")
         if parent and status == "FAILED":
-            _end_runs(client, [step_run_id, parent], status)
+            _end_runs(client, failed, status)
 
 
 def _end_runs(client: MlflowClient, runs: list[str], status: str) -> None:
@@ -318,12 +326,12 @@ def finish_run(run_id: str, experiment: str) -> None:
 
 
 def _run_of_step(
-    client: MlflowClient, run_id: str, task: str, experiment: str
+    client: MlflowClient, run_id: str, task: str, experiment: str, pipeline: str
 ) -> tuple[str, str | None]:
     if injected := os.environ.get("MLFLOW_RUN_ID"):
         return injected, None
     experiment_id = _experiment_id(client, experiment)
-    parent = _find_or_create(client, experiment_id, run_id, None, None)
+    parent = _find_or_create(client, experiment_id, run_id, None, None, pipeline)
     client.update_run(parent, "RUNNING")  # an earlier try may have failed it
     return _find_or_create(client, experiment_id, run_id, task, parent), parent
 
@@ -345,7 +353,12 @@ def _experiment_id(client: MlflowClient, name: str) -> str:
 
 
 def _find_or_create(
-    client: MlflowClient, experiment_id: str, run_id: str, task: str | None, parent: str | None
+    client: MlflowClient,
+    experiment_id: str,
+    run_id: str,
+    task: str | None,
+    parent: str | None,
+    pipeline: str = "finetune",
 ) -> str:
     task_tag = task or "pipeline"
     query = f"tags.`{RUN_TAG}` = '{run_id}' and tags.`{TASK_TAG}` = '{task_tag}'"
@@ -355,7 +368,7 @@ def _find_or_create(
     tags = {RUN_TAG: run_id, TASK_TAG: task_tag}
     if parent:
         tags["mlflow.parentRunId"] = parent
-    name = task or f"finetune-{run_id[:8]}"
+    name = task or f"{pipeline}-{run_id[:8]}"
     return client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
 
 

@@ -8,7 +8,7 @@ from tuneline.errors import UsageError
 
 
 def compile_pipelines(out: Path) -> list[Path]:
-    """Write one YAML package per method.
+    """Write one YAML package per method, and `compare`.
 
     Raises:
         UsageError: the folder can't be written.
@@ -16,10 +16,11 @@ def compile_pipelines(out: Path) -> list[Path]:
     from kfp.compiler import Compiler
 
     from tuneline.finetune.methods import METHODS
-    from tuneline_pipelines import finetune, resources
+    from tuneline_pipelines import compare, finetune, resources
 
     written = []
-    for pipeline in (finetune.build(resources.on_cluster, method) for method in METHODS):
+    pipelines = [finetune.build(resources.on_cluster, method) for method in METHODS]
+    for pipeline in (*pipelines, compare.build(resources.on_cluster, parallelism=0)):
         path = out / f"{pipeline.name}.yaml"
         aside = out / f"{pipeline.name}.partial.yaml"
         try:

@@ -16,7 +16,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final, TextIO
@@ -104,16 +104,96 @@ def run_recipe(recipe: Recipe, workdir: Path, *, quiet: bool = False) -> dict[st
         TunelineError: the work folder can't be written.
         TunelineError: a step failed; the message is that step's own.
     """
+    from tuneline_pipelines import finetune, resources
+
+    started = time.monotonic()
+    workdir = workdir.absolute()
+    outputs, records = _run(
+        lambda: finetune.build(resources.on_this_machine, method_of(recipe.method)),
+        pipeline_arguments(recipe),
+        workdir,
+        (SUMMARY,),
+        quiet=quiet,
+    )
+    wall_seconds = time.monotonic() - started
+    summary = summarize(outputs, records, recipe.registry.model_name, workdir, wall_seconds)
+    text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+    _replace(workdir / SUMMARY, text)
+    return summary
+
+
+def run_compare(
+    recipe: Recipe, methods: Sequence[str], workdir: Path, *, quiet: bool = False
+) -> dict[str, Any]:
+    """Run the pipeline `compare`, one leg after the other; returns the leaderboard, whose files are
+    also put into the work folder.
+
+    Raises:
+        TunelineError: as `run_recipe`; or no leg finished.
+    """
+    from tuneline import artifacts
+    from tuneline.compare import leaderboard
+    from tuneline_pipelines import compare, resources
+
+    workdir = workdir.absolute()
+    values = recipe.model_dump(mode="json", exclude_none=True)  # KFP has no null in a dict
+    sections = ("data", "method", "training", "evaluation", "gate", "compare")
+    outputs, _ = _run(
+        lambda: compare.build(resources.on_this_machine, parallelism=1),
+        {
+            "base_model": recipe.model.base_model,
+            "methods": list(methods),
+            **{section: values[section] for section in sections},
+            "experiment": recipe.registry.experiment,
+        },
+        workdir,
+        (leaderboard.JSON, leaderboard.HTML),
+        quiet=quiet,
+    )
+    board = artifacts.load(Path(outputs["Output"].path), "leaderboard")
+    for name in (leaderboard.JSON, leaderboard.HTML):
+        _replace(workdir / name, (board.path / name).read_text(encoding="utf-8"))
+    return board.read_json(leaderboard.JSON)
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(f"{path.name}.partial")
+    aside.write_text(text, encoding="utf-8")
+    aside.rename(path)
+
+
+def _track_locally(workdir: Path) -> None:
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{workdir / 'mlflow.db'}"
+        os.environ["TUNELINE_MLFLOW_ARTIFACTS"] = (workdir / "mlflow-artifacts").as_uri()
+
+
+def _run(
+    build: Callable[[], Any],
+    arguments: dict[str, Any],
+    workdir: Path,
+    results: Sequence[str],
+    *,
+    quiet: bool,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Run a pipeline; returns its outputs, and what its steps recorded.
+
+    Args:
+        build: makes the pipeline.
+        arguments: of the pipeline.
+        workdir: absolute.
+        results: files in it that an earlier run may have left.
+        quiet: show nothing while it runs.
+    """
     if any(character.isspace() for character in sys.executable):
         raise TunelineError(
             f"the interpreter's path '{sys.executable}' has white space in it, and KFP's local "
             "runner can't start that: set tuneline up in a folder without"
         )
-    started = time.monotonic()
-    workdir = workdir.absolute()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / SUMMARY).unlink(missing_ok=True)
+        for name in results:
+            (workdir / name).unlink(missing_ok=True)
         log = (workdir / "run.log").open("w", encoding="utf-8")
     except OSError as error:
         raise TunelineError(
@@ -126,32 +206,18 @@ def run_recipe(recipe: Recipe, workdir: Path, *, quiet: bool = False) -> dict[st
         os.environ["TUNELINE_CHECKPOINTS"] = str(workdir / "checkpoints")
     with log, _children_stop_with_us():
         console = Console(sys.stdout, log, quiet=quiet)
-        outputs = _run(recipe, workdir, console)
-    wall_seconds = time.monotonic() - started
-    model_name = recipe.registry.model_name
-    summary = summarize(outputs, console.records, model_name, workdir, wall_seconds)
-    aside = workdir / f"{SUMMARY}.partial"
-    aside.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.rename(workdir / SUMMARY)
-    return summary
+        return _run_in(workdir, console, build, arguments), console.records
 
 
-def _track_locally(workdir: Path) -> None:
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
-        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{workdir / 'mlflow.db'}"
-        os.environ["TUNELINE_MLFLOW_ARTIFACTS"] = (workdir / "mlflow-artifacts").as_uri()
-
-
-def _run(recipe: Recipe, workdir: Path, console: Console) -> dict[str, Any]:
+def _run_in(
+    workdir: Path, console: Console, build: Callable[[], Any], arguments: dict[str, Any]
+) -> dict[str, Any]:
     from kfp import local
-
-    from tuneline_pipelines import finetune, resources
 
     local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(workdir / "kfp"))
     try:
         with contextlib.redirect_stdout(console):
-            pipeline = finetune.build(resources.on_this_machine, method_of(recipe.method))
-            task = pipeline(**pipeline_arguments(recipe))
+            task = build()(**arguments)
     except RuntimeError as error:
         sentence = console.last_error or f"{error} It ended with: {console.last_line}"
         raise TunelineError(f"{sentence}\n(full output: {workdir / 'run.log'})") from error

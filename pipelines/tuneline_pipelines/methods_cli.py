@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tuneline.errors import DataError, UsageError
-from tuneline.progress import complain
+from tuneline.progress import aligned, complain
 
 if TYPE_CHECKING:
     from tuneline.chat import Chat
@@ -27,6 +27,7 @@ def add_commands(commands: Any) -> None:
     """Add all of them to the parser of `tuneline`."""
     _add_methods(commands)
     _add_chat(commands)
+    _add_compare(commands)
 
 
 def _add_methods(commands: Any) -> None:
@@ -46,13 +47,6 @@ def _methods(options: argparse.Namespace) -> int:
     print(aligned(table()))
     print("\nHyperparameters: tuneline methods --json. Which one to take: docs/methods.md.")
     return 0
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """A table as text, the first row being the head."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in (lines[0], "-" * len(lines[0]), *lines[1:]))
 
 
 def _add_chat(commands: Any) -> None:
@@ -171,3 +165,48 @@ def side_by_side(answers: Sequence[tuple[str, str]]) -> str:
 
 def _wrapped(text: str, width: int) -> list[str]:
     return [part for line in text.splitlines() for part in textwrap.wrap(line, width) or [""]]
+
+
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare", help="train a recipe with several methods, to a leaderboard"
+    )
+    compare.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    compare.add_argument(
+        "--methods",
+        default="all",
+        metavar="NAME,...",
+        help="methods, and legs of the recipe's compare section (default: all)",
+    )
+    compare.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="section.key=value",
+        help="override one setting; may be given several times",
+    )
+    compare.add_argument(
+        "--workdir",
+        type=Path,
+        metavar="DIR",
+        help="work folder (default: tuneline-runs/NAME-compare)",
+    )
+    compare.add_argument("--quiet", action="store_true", help="print the leaderboard only")
+    compare.set_defaults(command=_compare)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from tuneline import recipe
+    from tuneline.compare.leaderboard import HTML, table
+    from tuneline.compare.legs import legs_of
+
+    resolved = recipe.read(options.recipe, options.overrides, exports=False)
+    methods = [name.strip() for name in options.methods.split(",") if name.strip()]
+    legs_of(resolved, methods, source=str(options.recipe))  # before anything runs
+    from tuneline_pipelines.local import run_compare
+
+    workdir = options.workdir or Path("tuneline-runs") / f"{options.recipe.stem}-compare"
+    board = run_compare(resolved, methods, workdir, quiet=options.quiet)
+    print(f"\n{table(board)}\n\nreport: {workdir.absolute() / HTML}")
+    return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from tuneline.evaluate.champion import Champion, current_champion, why_not_compa
 from tuneline.evaluate.compare import BASE, CHAMPION, TUNED, compare, compare_texts
 from tuneline.evaluate.forgetting import TextSet, read_text_sets
 from tuneline.evaluate.gate import decide
+from tuneline.evaluate.generate import Generated
 from tuneline.evaluate.likelihood import predicted_tokens
 from tuneline.evaluate.measure import Measured, longest_answer, measure, score_answers
 from tuneline.evaluate.metrics import Metric, metric_named
@@ -30,6 +32,7 @@ from tuneline.tracking import Step
 SCORES: Final = "scores.jsonl"
 REPORT: Final = "report.json"
 HTML: Final = "report.html"
+_MEASURED: Final = "measured.json"
 _SAMPLES: Final = 3
 
 
@@ -43,6 +46,7 @@ def evaluate(
     step: Step,
     *,
     champion_of: str = "",
+    base_scores_dir: Path | None = None,
 ) -> Artifact:
     """Measure base, tuned model and champion on the test split, compare them, and decide.
 
@@ -55,9 +59,10 @@ def evaluate(
         output: folder of the EvalReport.
         step: the tracked step.
         champion_of: registered model whose champion is measured too; empty for none.
+        base_scores_dir: of `measure_base`, where the base was measured before; None: it is now.
 
     Raises:
-        ArtifactError: adapter, data set and base don't belong together.
+        ArtifactError: adapter, data set, base and the base's scores don't belong together.
         DataError: a metric, slice or text set that does not fit the rows.
         ModelError: a model's losses are not finite.
         RegistryError: the champion can't be fetched.
@@ -76,6 +81,8 @@ def evaluate(
         if champion_of and gate.champion != "ignore":
             champion = stack.enter_context(current_champion(champion_of))
         found = _Evaluation(base, adapter, champion, rows, metrics, evaluation)
+        if base_scores_dir is not None:
+            found.measured[BASE] = _read_base_scores(base_scores_dir, base, dataset, evaluation)
         found.run()
         result = found.result(slices, gate)
         _write_scores(aside / SCORES, found)
@@ -107,6 +114,69 @@ def evaluate(
     step.log_file(output / HTML)
     _tell(result)
     return artifacts.load(output, "eval_report")
+
+
+def measure_base(
+    model_reference: str, dataset_dir: Path, evaluation: EvaluationSection, output: Path
+) -> Artifact:
+    """Measure the base on the test split once, for the evaluations of several adapters.
+
+    Raises:
+        ArtifactError: the data set was prepared for another model.
+        DataError: a metric or text set that does not fit the rows.
+        ModelError: the model's losses are not finite.
+    """
+    dataset = artifacts.load(dataset_dir, "prepared_dataset")
+    base = base_model.resolve(model_reference)
+    _check_prepared_for(dataset, base)
+    metrics = [metric_named(name) for name in evaluation.metrics]
+    rows = read_test_rows(dataset, evaluation.max_rows)
+    with artifacts.writing(output) as aside:
+        found = _Evaluation(base, None, None, rows, metrics, evaluation)
+        found.run()
+        text = json.dumps(asdict(found.measured[BASE]), ensure_ascii=False, allow_nan=False)
+        (aside / _MEASURED).write_text(text + "\n", encoding="utf-8")
+        artifacts.seal(
+            aside,
+            kind="base_scores",
+            config={"evaluation": evaluation.model_dump(mode="json")},
+            base_model=base.identity(),
+            inputs={"prepared_dataset": dataset.digest},
+        )
+    return artifacts.load(output, "base_scores")
+
+
+def _check_prepared_for(dataset: Artifact, base: BaseModel) -> None:
+    prepared_for = dataset.manifest.base_model
+    if prepared_for["digest"] != base.digest:
+        raise ArtifactError(
+            f"{dataset.path} was prepared for {prepared_for['reference']} "
+            f"({prepared_for['digest'][:19]}), not for {base.reference} ({base.digest[:19]}): "
+            "prepare the data again"
+        )
+
+
+def _read_base_scores(
+    folder: Path, base: BaseModel, dataset: Artifact, evaluation: EvaluationSection
+) -> Measured:
+    found = artifacts.load(folder, "base_scores")
+    settings = {"evaluation": evaluation.model_dump(mode="json")}
+    for what, there, wanted in (
+        ("base model", found.manifest.base_model["digest"], base.digest),
+        ("data set", found.manifest.inputs["prepared_dataset"], dataset.digest),
+        ("evaluation settings", found.manifest.config, settings),
+    ):
+        if there != wanted:
+            raise ArtifactError(
+                f"{folder} holds the base's scores for another {what}: measure the base again"
+            )
+    values = found.read_json(_MEASURED)
+    answers = values["answers"]
+    return Measured(
+        scores=values["scores"],
+        answers=answers and [answer and Generated(**answer) for answer in answers],
+        general=values["general"],
+    )
 
 
 def check_lineage(adapter: Artifact, base: BaseModel, dataset: Artifact | None) -> None:
@@ -145,7 +215,7 @@ class _Evaluation:
     def __init__(
         self,
         base: BaseModel,
-        adapter: Artifact,
+        adapter: Artifact | None,
         champion: Champion | None,
         rows: Sequence[EvalRow],
         metrics: Sequence[Metric],
@@ -160,7 +230,10 @@ class _Evaluation:
         self._text_sets: list[TextSet] = []
 
     def run(self) -> None:
-        """Load one model after the other; two at once would need twice the memory."""
+        """Load one model after the other; two at once would need twice the memory.
+
+        What `measured` has of the base already is not measured again.
+        """
         from transformers import AutoTokenizer
 
         from tuneline.data_prep.chat import load_tokenizer
@@ -190,14 +263,17 @@ class _Evaluation:
                 limit,
             )
 
-        loaded = load_base(base.path, trust_code=base.trusts_code)
-        take(BASE, loaded)
-        if stands_on_base(self._adapter):
-            take(TUNED, load_tuned(base, self._adapter, loaded))
-            del loaded
-        else:
-            del loaded
-            take(TUNED, load_tuned(base, self._adapter))
+        adapter = self._adapter
+        loaded = None
+        if BASE not in self.measured:
+            loaded = load_base(base.path, trust_code=base.trusts_code)
+            take(BASE, loaded)
+        if adapter is None:
+            return
+        if not stands_on_base(adapter):
+            loaded = None
+        take(TUNED, load_tuned(base, adapter, loaded))
+        del loaded
         if (champion := self._champion) is None:
             return
         own = load_tokenizer(str(champion.artifact.path), trust_code=base.trusts_code)

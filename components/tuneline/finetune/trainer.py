@@ -594,7 +594,7 @@ class ProgressCallback(TrainerCallback):
         tick(
             f"step {state.global_step}/{state.max_steps}  {figures}"
             f"{self._tokens_per_second(elapsed):.0f} tokens/s  padding {self._padding():.0%}  "
-            f"{_peak_memory_bytes() / 1e9:.1f} GB  ETA {minutes(left)}"
+            f"{device_peak_memory_bytes() / 1e9:.1f} GB  ETA {minutes(left)}"
         )
 
     def _tokens_per_second(self, elapsed: float) -> float:
@@ -639,13 +639,14 @@ class ProgressCallback(TrainerCallback):
                     "elapsed_seconds": elapsed,
                     "tokens_per_second": self._tokens_per_second(elapsed),
                     "padding_fraction": self._padding(),
-                    "peak_memory_bytes": _peak_memory_bytes(),
+                    "peak_memory_bytes": device_peak_memory_bytes(),
                 },
                 state.global_step,
             )
 
 
-def _peak_memory_bytes() -> float:
+def device_peak_memory_bytes() -> float:
+    """The most that this process has held, of the accelerator's memory or else of the machine's."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated())
     return float(peak_memory_bytes())

@@ -1,0 +1,131 @@
+"""KFP components of a comparison: check -> legs -> leaderboard."""
+
+from typing import List  # noqa: UP035  KFP reads the elements' type from this form
+
+from kfp import dsl
+
+from tuneline.images import TUNELINE
+
+
+@dsl.component(base_image=TUNELINE, install_kfp_package=False)
+def check_compare(
+    run_id: str,
+    experiment: str,
+    base_model: str,
+    data: dict,
+    methods: list,
+    method: dict,
+    training: dict,
+    evaluation: dict,
+    gate: dict,
+    compare: dict,
+) -> List[dict]:  # noqa: UP006
+    """Fail with every fault of the recipe and its legs, or return the legs."""
+    from tuneline import steps
+
+    return steps.guard(
+        steps.check_compare,
+        base_model=base_model,
+        sections={
+            "data": data,
+            "method": method,
+            "training": training,
+            "evaluation": evaluation,
+            "gate": gate,
+            "compare": compare,
+            # nothing is registered; the section has to be there
+            "registry": {"model_name": "none", "experiment": experiment},
+        },
+        methods=methods,
+        run_id=run_id,
+        experiment=experiment,
+    )
+
+
+@dsl.component(base_image=TUNELINE, install_kfp_package=False)
+def measure_base(
+    run_id: str,
+    experiment: str,
+    base_model: str,
+    dataset: dsl.Input[dsl.Dataset],
+    evaluation: dict,
+    base_scores: dsl.Output[dsl.Artifact],
+):
+    """Answer the test split with the base once, for all legs."""
+    from tuneline import steps
+
+    steps.guard(
+        steps.measure_base,
+        base_model=base_model,
+        dataset=dataset.path,
+        evaluation=evaluation,
+        output=base_scores.path,
+        run_id=run_id,
+        experiment=experiment,
+    )
+
+
+@dsl.component(base_image=TUNELINE, install_kfp_package=False)
+def finetune_leg(
+    run_id: str,
+    experiment: str,
+    base_model: str,
+    leg: dict,
+    dataset: dsl.Input[dsl.Dataset],
+    base_scores: dsl.Input[dsl.Artifact],
+    evaluation: dict,
+    gate: dict,
+    adapter: dsl.Output[dsl.Model],
+    eval_report: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+) -> dict:
+    """Train and evaluate one leg; a leg that fails ends well and says why in its row."""
+    from tuneline import steps
+
+    row = steps.guard(
+        steps.compare_leg,
+        leg=leg,
+        base_model=base_model,
+        dataset=dataset.path,
+        base_scores=base_scores.path,
+        evaluation=evaluation,
+        gate=gate,
+        adapter=adapter.path,
+        eval_report=eval_report.path,
+        run_id=run_id,
+        experiment=experiment,
+    )
+    for name, value in row.items():
+        if isinstance(value, int | float):
+            metrics.log_metric(name, value)
+    return row
+
+
+@dsl.component(base_image=TUNELINE, install_kfp_package=False)
+def leaderboard(
+    run_id: str,
+    experiment: str,
+    base_model: str,
+    rows: List[dict],  # noqa: UP006
+    board: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+    page: dsl.Output[dsl.HTML],
+):
+    """Order the legs, and show them."""
+    import shutil
+    from pathlib import Path
+
+    from tuneline import steps
+
+    content = steps.guard(
+        steps.leaderboard,
+        rows=rows,
+        base_model=base_model,
+        output=board.path,
+        run_id=run_id,
+        experiment=experiment,
+    )
+    for row in content["legs"]:
+        if "score" in row:
+            metrics.log_metric(f"{row['leg']}_{row['metric']}", row["score"])
+    shutil.copyfile(Path(board.path) / "leaderboard.html", page.path)
