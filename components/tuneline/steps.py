@@ -398,7 +398,6 @@ def train_leg(job: Job) -> dict[str, Any]:
 
 def leaderboard(
     rows: Sequence[Mapping[str, Any]],
-    base_model: str,
     output: str,
     run_id: str = "",
     experiment: str = "",
@@ -411,7 +410,7 @@ def leaderboard(
     from tuneline.compare import leaderboard as board
 
     with _step("leaderboard", run_id, experiment) as step:
-        made = board.write(board.rank(rows), base_model, Path(output))
+        made = board.write(board.rank(rows), Path(output))
         content = made.read_json(board.JSON)
         for name in (board.JSON, board.HTML):
             step.log_file(made.path / name)

@@ -35,11 +35,8 @@ def build(place: Place, *, parallelism: int) -> dsl.base_component.BaseComponent
         compare: dict = {},  # noqa: B006
         experiment: str = "tuneline",
     ) -> dsl.Artifact:
-        shared = {
-            "run_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER,
-            "experiment": experiment,
-            "base_model": base_model,
-        }
+        run = {"run_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER, "experiment": experiment}
+        shared = {**run, "base_model": base_model}
         checked = check_compare(
             **shared,
             data=data,
@@ -63,7 +60,7 @@ def build(place: Place, *, parallelism: int) -> dsl.base_component.BaseComponent
                 evaluation=evaluation,
                 gate=gate,
             )
-        ranked = leaderboard(**shared, rows=dsl.Collected(tuned.outputs["Output"]))
+        ranked = leaderboard(**run, rows=dsl.Collected(tuned.outputs["Output"]))
         for task in (checked, prepared, measured, tuned, ranked):
             place(task)
             task.set_caching_options(False)  # a hit would leave this run without its run tree

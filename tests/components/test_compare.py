@@ -102,7 +102,8 @@ def test_every_fault_of_every_leg_is_named() -> None:
 
 def row(leg: str, score: float, parameters: int, **more: Any) -> dict[str, Any]:
     return {
-        "leg": leg, "method": leg.partition("-")[0], "settings": {"name": leg}, "status": FINISHED,
+        "leg": leg, "method": leg.partition("-")[0], "status": FINISHED,
+        "settings": {"name": leg.partition("-")[0]}, "base_model": "demo<script>",
         "learning_rate": 1e-3, "metric": "exact_match", "higher_is_better": True, "rows": 50.0,
         "score": score, "interval": [score - 0.1, score + 0.1], "base": 0.1,
         "base_interval": [0.0, 0.2], "gain_interval": [score - 0.2, score], "passed": score > 0.5,
@@ -140,12 +141,12 @@ def test_nothing_finished_is_no_comparison() -> None:
     assert leaderboard.table(board) == "failed: full: killed <b>twice</b>"
     with pytest.raises(TrainingError, match="no leg of the comparison finished: full: killed"):
         leaderboard.check_finished(board)
-    assert "full failed" in leaderboard.render(board, "demo")
+    assert "full failed" in leaderboard.render(board)
 
 
 def test_a_step_that_ranks_nothing_fails_and_leaves_the_reasons(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no leg of the comparison finished"):
-        steps.leaderboard([LOST], "demo", str(tmp_path / "board"))
+        steps.leaderboard([LOST], str(tmp_path / "board"))
     assert "twice" in (tmp_path / "board" / "leaderboard.html").read_text()
 
 
@@ -160,8 +161,8 @@ def test_the_table_says_all_of_each_leg() -> None:
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_escapes_what_it_shows(tmp_path: Path) -> None:
-    rows = [row(f"leg-{n}", 0.5, 10 ** (n + 1)) for n in range(6)]
-    made = leaderboard.write(leaderboard.rank([LOST, *rows]), "demo<script>", tmp_path / "board")
+    rows = [row(f"ia3-{n}", 0.5, 10 ** (n + 1)) for n in range(6)]
+    made = leaderboard.write(leaderboard.rank([LOST, *rows]), tmp_path / "board")
     html = (made.path / leaderboard.HTML).read_text()
     assert "<b>twice" not in html and "killed &lt;b&gt;twice" in html
     assert "<script" not in html and "demo&lt;script&gt;" in html
@@ -173,10 +174,11 @@ def test_the_page_needs_nothing_from_elsewhere_and_escapes_what_it_shows(tmp_pat
 
 @pytest.mark.parametrize("scores", [[0.0], [0.5, 0.5, 0.5], [0.0, 1.0], [2.31, 2.30, 9.9]])
 def test_labels_do_not_lie_on_each_other(scores: list[float]) -> None:
-    board = leaderboard.rank([row(f"leg-{n}", s, 100 + n) for n, s in enumerate(scores)])
+    board = leaderboard.rank([row(f"ia3-{n}", s, 100 + n) for n, s in enumerate(scores)])
     plot = leaderboard.plot(board, "trainable_parameters", "parameters", str)
     heights = sorted(point["label_y"] for point in plot["points"])
     assert all(b - a >= 14 for a, b in pairwise(heights))
+    assert all(plot["top"] <= y - 4 <= plot["bottom"] for y in heights)
     assert all(plot["left"] <= p["x"] <= plot["right"] for p in plot["points"])
     assert all(plot["top"] <= p["y"] <= plot["bottom"] for p in plot["points"])
     assert len(plot["y_ticks"]) >= 2

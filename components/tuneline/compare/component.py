@@ -105,7 +105,6 @@ def finetune_leg(
 def leaderboard(
     run_id: str,
     experiment: str,
-    base_model: str,
     rows: List[dict],  # noqa: UP006
     board: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
@@ -120,7 +119,6 @@ def leaderboard(
     content = steps.guard(
         steps.leaderboard,
         rows=rows,
-        base_model=base_model,
         output=board.path,
         run_id=run_id,
         experiment=experiment,

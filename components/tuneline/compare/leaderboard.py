@@ -14,6 +14,7 @@ from tuneline.artifacts import Artifact
 from tuneline.compare.leg import FINISHED
 from tuneline.errors import ArtifactError, TrainingError
 from tuneline.progress import aligned, minutes
+from tuneline.recipe import method_settings
 
 JSON: Final = "leaderboard.json"
 HTML: Final = "leaderboard.html"
@@ -30,14 +31,15 @@ def rank(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rows: as `leg.run_leg` and `watch.run_watched` give them.
 
     Returns:
-        `metric`, `higher_is_better`, `test_rows`, `base` and `base_interval` where a leg finished,
-        and `legs`, best first, each finished one with its `rank`.
+        `base_model`, `metric`, `higher_is_better`, `test_rows`, `base` and `base_interval` where a
+        leg finished, and `legs`, best first, each finished one with its `rank`.
 
     Raises:
         ArtifactError: the legs were not evaluated on the same rows by the same metric.
     """
-    done = [dict(row) for row in rows if row["status"] == FINISHED]
-    for key in ("metric", "eval_set_digest"):
+    legs = [_restored(row) for row in rows]
+    done = [row for row in legs if row["status"] == FINISHED]
+    for key in ("base_model", "metric", "eval_set_digest"):
         if len(found := sorted({str(row[key]) for row in done})) > 1:
             raise ArtifactError(f"the legs differ in {key} ({', '.join(found)}): compare them anew")
     sign = -1 if done and done[0]["higher_is_better"] else 1
@@ -48,14 +50,23 @@ def rank(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if done:
         first = done[0]
         shared = {
+            "base_model": first["base_model"],
             "metric": first["metric"],
             "higher_is_better": first["higher_is_better"],
-            "test_rows": int(first["rows"]),
+            "test_rows": first["rows"],
             "eval_set_digest": first["eval_set_digest"],
             "base": first["base"],
             "base_interval": first["base_interval"],
         }
-    return {**shared, "legs": [*done, *(dict(r) for r in rows if r["status"] != FINISHED)]}
+    return {**shared, "legs": [*done, *(row for row in legs if row["status"] != FINISHED)]}
+
+
+def _restored(row: Mapping[str, Any]) -> dict[str, Any]:
+    """KFP makes every number of a dict a float and forgets the order of its keys."""
+    whole = ("rows", "trainable_parameters", "peak_memory_bytes", "adapter_bytes")
+    settings = method_settings(row["settings"]).model_dump(mode="json")
+    numbers = {key: int(row[key]) for key in whole if key in row}
+    return {**row, "settings": settings, **numbers}
 
 
 def finished(board: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -74,23 +85,22 @@ def check_finished(board: Mapping[str, Any]) -> None:
         raise TrainingError(f"no leg of the comparison finished: {reasons}")
 
 
-def write(board: Mapping[str, Any], base_model: str, output: Path) -> Artifact:
+def write(board: Mapping[str, Any], output: Path) -> Artifact:
     """Write the leaderboard's files.
 
     Args:
         board: of `rank`.
-        base_model: that the legs were trained on, as the recipe names it.
         output: folder of the Leaderboard.
     """
     with artifacts.writing(output) as aside:
         text = json.dumps(board, indent=2, ensure_ascii=False, allow_nan=False)
         (aside / JSON).write_text(text + "\n", encoding="utf-8")
-        (aside / HTML).write_text(render(board, base_model), encoding="utf-8")
+        (aside / HTML).write_text(render(board), encoding="utf-8")
         artifacts.seal(
             aside,
             kind="leaderboard",
             config={},
-            base_model={"reference": base_model},
+            base_model={"reference": board.get("base_model", "")},
             inputs={"eval_set": board.get("eval_set_digest", "")},
         )
     return artifacts.load(output, "leaderboard")
@@ -152,7 +162,7 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
-def render(board: Mapping[str, Any], base_model: str) -> str:
+def render(board: Mapping[str, Any]) -> str:
     """The page; every value that comes from data is escaped."""
     from jinja2 import Environment
 
@@ -161,10 +171,8 @@ def render(board: Mapping[str, Any], base_model: str) -> str:
     done = finished(board)
     return environment.from_string(template).render(
         board=board,
-        base_model=base_model,
-        head=_HEAD,
         rows=[
-            {"cells": cells(row), "settings": _settings(row), "passed": row["passed"]}
+            {**dict(zip(_HEAD, cells(row), strict=True)), "settings": _settings(row)}
             for row in done
         ],
         failed=[row for row in board["legs"] if row not in done],
@@ -180,9 +188,16 @@ def render(board: Mapping[str, Any], base_model: str) -> str:
 
 
 def _settings(row: Mapping[str, Any]) -> str:
-    values = {k: v for k, v in row["settings"].items() if k != "name"}
-    texts = [f"learning_rate {row['learning_rate']:g}", *(f"{k} {v}" for k, v in values.items())]
-    return f"{row['method']}: {', '.join(texts)}"
+    """The learning rate, and what differs from the method's defaults."""
+    settings = method_settings(row["settings"])
+    usual = type(settings)().model_dump(mode="json")
+    changed = [
+        f"{key} {value}"
+        for key, value in settings.model_dump(mode="json").items()
+        if value != usual[key]
+    ]
+    rest = f"; {', '.join(changed)}" if changed else "; defaults"
+    return f"{row['method']}, learning_rate {row['learning_rate']:g}{rest}"
 
 
 def _count(value: float) -> str:
@@ -226,7 +241,7 @@ def plot(
         }
         for row, cost in zip(done, costs, strict=True)
     ]
-    _keep_labels_apart(points)
+    _keep_labels_apart(points, height(board["base"]))
     return {
         "title": title,
         "points": points,
@@ -268,16 +283,26 @@ def _log_ticks(left: float, right: float) -> list[float]:
     return ticks[:: math.ceil(len(ticks) / 5)]
 
 
-def _keep_labels_apart(points: list[dict[str, Any]]) -> None:
-    """Set `label_y`: as near to the point as labels of a line's height allow."""
-    placed: list[tuple[float, float, float]] = []
+def _keep_labels_apart(points: list[dict[str, Any]], base_y: float) -> None:
+    """Set `label_y`: as near to the point as other labels and points allow."""
+    placed: list[tuple[float, float, float]] = [(_WIDTH - _RIGHT, _WIDTH, base_y)]
     for point in sorted(points, key=lambda point: point["y"]):
         width = 7.0 * len(point["leg"]) + 14
-        y = point["y"]
-        while any(
-            abs(y - other) < _LINE and start < point["x"] + width and point["x"] < end
-            for start, end, other in placed
-        ):
-            y += 1.0
+
+        taken = placed + [(p["x"] - 6, p["x"] + 6, p["y"]) for p in points if p is not point]
+
+        def is_free(
+            y: float,
+            start: float = point["x"] + 8,
+            end: float = point["x"] + width,
+            taken: list[tuple[float, float, float]] = taken,
+        ) -> bool:
+            return _TOP <= y <= _HEIGHT - _BOTTOM and not any(
+                abs(y - other) < _LINE and left < end and start < right
+                for left, right, other in taken
+            )
+
+        tries = (point["y"] + sign * step for step in range(_HEIGHT) for sign in (-1, 1))
+        y = next((y for y in tries if is_free(y)), point["y"])
         placed.append((point["x"], point["x"] + width, y))
         point["label_y"] = y + 4

@@ -118,6 +118,7 @@ def run_leg(job: Job, step: Step) -> dict[str, Any]:
     row = {
         **heading(leg),
         "status": FINISHED,
+        "base_model": adapter.manifest.base_model["reference"],
         "metric": report["metric"],
         "higher_is_better": report["higher_is_better"],
         "rows": report["rows"],
