@@ -1,13 +1,15 @@
 """What each method costs over LoRA: CPU-seconds a step and memory, on the same batches.
 
-    python benchmarks/methods.py [--rows 12] [--repeats 2] [--methods full lora ...]
+    python benchmarks/methods.py [--rows 12] [--repeats 1] [--methods full lora ...]
 
 The model is the demo's (SmolLM2-135M-Instruct), in fp32 on the CPU; each method has its default
 hyperparameters, and so LoRA adapts query and value, QLoRA every linear layer. `lora all-linear` is
-LoRA where QLoRA is, the fair neighbour of both. A step is one row of 100 to 200 tokens, forward,
-backward and the optimizer, by tuneline's trainer; the first step warms up and is not counted.
+LoRA where QLoRA is, the fair neighbour of both. A step is one row, forward, backward and the
+optimizer, by tuneline's trainer; the first step warms up and is not counted.
 
-Each measurement is a process of its own, methods take turns, and the tables show medians. Peak
+Each measurement is a process of its own. All train on the same rows in the same order, so that each
+step is compared with LoRA's on the same row: the table shows the median of these ratios and their
+quartiles. Peak
 memory is resident memory of the whole process, imports and loading of the weights included: below
 it stands what a process needs that only imports. One thread by default: on a busy machine several
 spin while they wait for each other, and CPU-seconds would count that.
@@ -26,6 +28,7 @@ import sys
 import tempfile
 import time
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,8 +55,8 @@ def prepare_orders(folder: Path) -> None:
     prepare("demo", data, folder / "data")
 
 
-def child(variant: str, folder: Path, rows: int, threads: int) -> dict[str, float]:
-    """Train on the first rows, one a step; returns CPU-seconds a step and bytes."""
+def child(variant: str, folder: Path, rows: int, threads: int) -> dict[str, Any]:
+    """Train on the first rows, one a step; returns CPU-seconds of each step, and bytes."""
     import torch
     from torch.utils.data import DataLoader
 
@@ -109,7 +112,7 @@ def child(variant: str, folder: Path, rows: int, threads: int) -> dict[str, floa
         trainer.end_step = end_step
         trainer.train()
     return {
-        "seconds": (marks[-1] - marks[0]) / (len(marks) - 1),
+        "seconds": [after - before for before, after in pairwise(marks)],
         "peak": peak_memory_bytes(),
         "imported": imported,
         "trainable": trainable,
@@ -149,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--child", nargs=2, metavar=("VARIANT", "FOLDER"), help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, default=12, help="steps of a measurement, at least 3")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--methods", nargs="*", choices=list(VARIANTS), help="only these")
     options = parser.parse_args()
@@ -162,7 +165,7 @@ def main() -> None:
     import transformers
 
     variants = [v for v in VARIANTS if not options.methods or v in (*options.methods, REFERENCE)]
-    runs: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
+    runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
     with tempfile.TemporaryDirectory() as folder:
         prepare_orders(Path(folder))
         for _ in range(options.repeats):
@@ -180,20 +183,20 @@ def main() -> None:
     print(f"machine: {psutil.cpu_count()} cores, {memory:.0f} GB, {platform.system()}, Python "
           f"{platform.python_version()}, torch {torch.__version__}, transformers "
           f"{transformers.__version__}; {options.threads} thread(s), {options.rows} steps of one "
-          f"row, median of {options.repeats}\n")  # fmt: skip
-    middle = {
-        v: {key: statistics.median(run[key] for run in found) for key in found[0]}
-        for v, found in runs.items()
-    }
-    print("| method | CPU-s a step | over LoRA | peak RSS | over LoRA | trainable | share |")
+          f"row, {options.repeats} time(s)\n")  # fmt: skip
+    seconds = {v: [s for run in found for s in run["seconds"]] for v, found in runs.items()}
+    print("| method | CPU-s a step | over LoRA | quartiles | peak RSS | over LoRA | share |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    reference = middle[REFERENCE]
-    for variant, found in middle.items():
-        print(f"| {variant} | {found['seconds']:.2f} | "
-              f"{found['seconds'] / reference['seconds']:.2f}x | {found['peak'] / 1e9:.2f} GB | "
-              f"{found['peak'] / reference['peak']:.2f}x | {found['trainable']:,.0f} | "
-              f"{found['share']:.3%} |")  # fmt: skip
-    print(f"\na process that only imports: {reference['imported'] / 1e9:.2f} GB")
+    lora_peak = statistics.median(run["peak"] for run in runs[REFERENCE])
+    for variant, found in runs.items():
+        pairs = zip(seconds[variant], seconds[REFERENCE], strict=True)
+        low, middle, high = statistics.quantiles([own / lora for own, lora in pairs], n=4)
+        peak = statistics.median(run["peak"] for run in found)
+        print(f"| {variant} | {statistics.median(seconds[variant]):.2f} | {middle:.2f}x | "
+              f"{low:.2f} to {high:.2f} | {peak / 1e9:.2f} GB | {peak / lora_peak:.2f}x | "
+              f"{found[0]['share']:.3%} |")  # fmt: skip
+    imported = min(run["imported"] for run in runs[REFERENCE])
+    print(f"\na process that only imports: {imported / 1e9:.2f} GB")
     held = bytes_of_linear_layers()
     share = held["nf4"] / held["bf16"]
     print(
