@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tuneline import artifacts, base_model, recipe
+from tuneline import artifacts, base_model, recipe, steps
 from tuneline.chat import Chat
 from tuneline.data_prep.chat import load_tokenizer, render_prompt
 from tuneline.data_prep.prepare import prepare
@@ -217,6 +217,38 @@ def test_a_models_own_code_runs_only_when_it_is_pinned(
     assert main([*command, reference.partition("#")[0]]) == 1
     assert "is not run unless it is pinned" in capsys.readouterr().err
     assert main([*command, reference]) == 0
+
+
+def test_a_registered_version_speaks_and_a_changed_one_does_not(
+    tiny_model: Path,
+    adapter: Adapter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.chdir(tmp_path)
+    tuned, base = str(adapter("lora")), str(tiny_model)
+    steps.merge(base, tuned, {}, "merged")
+    steps.evaluate(base, tuned, str(adapter("lora").with_name("data")), {}, {}, "report")
+    assert steps.register("merged", "report", {"model_name": "m"}) == 1
+    command = ["chat", "--prompt", QUESTION, "--max-new-tokens", "12", "--json", "--model"]
+    capsys.readouterr()
+    expected = alone(tiny_model, adapter("lora"))
+    for reference in ("merged", "models:/m/1", "models:/m@challenger"):
+        assert main([*command, reference]) == 0
+        assert json.loads(capsys.readouterr().out) == {"model": expected}
+    assert main([*command, "models:/m@champion"]) == 1
+    assert "looking for models:/m@champion" in capsys.readouterr().err
+    uri = mlflow.MlflowClient().get_model_version_download_uri("m", "1")
+    folder = Path(uri.removeprefix("file://")) / "model"
+    with (folder / "config.json").open("a") as file:
+        file.write(" ")
+    assert main([*command, "models:/m/1"]) == 1
+    assert "is damaged: config.json" in capsys.readouterr().err
+    mlflow.set_tracking_uri(None)
 
 
 def test_columns_are_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
