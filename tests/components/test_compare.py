@@ -233,24 +233,37 @@ def test_a_leg_tells_what_it_took_and_gave(
     assert with_base.read_text() == without.read_text()
 
 
-def test_base_scores_of_something_else_are_refused(
-    job: Job, finished_row: dict[str, Any], tmp_path: Path
+def test_the_base_is_measured_once_and_its_scores_are_of_the_same_evaluation(
+    job: Job, finished_row: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tuneline.evaluate.evaluate import evaluate
+    from tuneline.evaluate import evaluate as module
     from tuneline.tracking import Untracked
 
-    with pytest.raises(ArtifactError, match="for another evaluation settings: measure the base"):
-        evaluate(
+    measured = []
+    original = module.measure
+
+    def measure(name: str, *others: Any) -> Any:
+        measured.append(name)
+        return original(name, *others)
+
+    def evaluate(output: Path, evaluation: recipe.EvaluationSection) -> None:
+        module.evaluate(
             job.base_model,
             tmp_path / "adapter",
             Path(job.dataset),
-            recipe.EvaluationSection(max_rows=5),
+            evaluation,
             recipe.GateSection(),
-            tmp_path / "again",
+            output,
             Untracked(),
             base_scores_dir=Path(job.base_scores),
         )
-    assert not (tmp_path / "again").exists()
+
+    monkeypatch.setattr(module, "measure", measure)
+    evaluate(tmp_path / "again", recipe.EvaluationSection())
+    assert measured == ["tuned"]
+    with pytest.raises(ArtifactError, match="for another evaluation settings: measure the base"):
+        evaluate(tmp_path / "other", recipe.EvaluationSection(max_rows=5))
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_leg_with_a_stated_error_fails_with_it(job: Job, tmp_path: Path) -> None:

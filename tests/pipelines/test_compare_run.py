@@ -55,13 +55,6 @@ def test_a_failed_leg_does_not_sink_the_others(workdir: Path) -> None:
     assert "bitfit failed." in (workdir / "leaderboard.html").read_text()
 
 
-def test_the_base_answers_once(workdir: Path) -> None:
-    log = (workdir / "run.log").read_text()
-    before, _, after = log.partition("== leg_lora")
-    assert "base: loss of" in before or "base:" in before
-    assert "base: loss of" not in after and "[tuneline~] base:" not in after
-
-
 def test_mlflow_has_a_run_for_the_comparison_and_one_for_each_leg(workdir: Path) -> None:
     from mlflow import MlflowClient
 

@@ -97,7 +97,7 @@ def finetune_leg(
     )
     for name, value in row.items():
         if isinstance(value, int | float):
-            metrics.log_metric(name, value)
+            metrics.log_metric(name, float(value))
     return row
 
 
