@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+    from tuneline.data_prep.chat import Renderer
+
 BASE: Final = "base"
 MODEL: Final = "model"
 REGISTERED: Final = "models:/"
@@ -36,6 +38,7 @@ class _Speaker:
     """Who answers, and what was said so far."""
 
     tokenizer: Any
+    renderer: Renderer
     take: Any
     """A function that gives a context in which the model computes as this speaker."""
     messages: list[dict[str, str]] = field(default_factory=list)
@@ -190,12 +193,13 @@ class Chat:
         return next(iter(self._stands.values())) if self._stands else self._stand(None)
 
     def _add(self, name: str, model: BaseModel, take: Any) -> None:
-        from tuneline.data_prep.chat import load_tokenizer
+        from tuneline.data_prep.chat import Renderer, chat_format, load_tokenizer
 
         if name in self._speakers:
             raise UsageError(f"two speakers are called '{name}': give each another name")
         tokenizer = load_tokenizer(str(model.path), trust_code=model.trusts_code)
-        self._speakers[name] = _Speaker(tokenizer, take)
+        renderer = Renderer(chat_format(tokenizer, model.path))
+        self._speakers[name] = _Speaker(tokenizer, renderer, take)
 
     def load(self) -> None:
         """Load everything once, so that what can't be loaded shows before the first question."""
@@ -211,7 +215,6 @@ class Chat:
             DataError: the conversation is longer than the model's context, or its template
                 refuses it.
         """
-        from tuneline.data_prep.chat import render_prompt
         from tuneline.evaluate.generate import generate_answers
 
         self.check(names)
@@ -221,7 +224,7 @@ class Chat:
                 [{"role": "system", "content": self._system}] if self._system else []
             )
             messages = [*messages, {"role": "user", "content": text}]
-            prompt = render_prompt(speaker.tokenizer, messages)
+            prompt = speaker.renderer.template_text(messages, prompt=True)
             with speaker.take() as model:
                 (answer,) = generate_answers(
                     model,

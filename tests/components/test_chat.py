@@ -10,7 +10,7 @@ import pytest
 
 from tuneline import artifacts, base_model, recipe, steps
 from tuneline.chat import Chat
-from tuneline.data_prep.chat import load_tokenizer, render_prompt
+from tuneline.data_prep.chat import Renderer, chat_format, load_tokenizer
 from tuneline.data_prep.prepare import prepare
 from tuneline.errors import ArtifactError
 from tuneline.evaluate.generate import generate_answers
@@ -55,7 +55,8 @@ def alone(tiny_model: Path, folder: Path | None) -> str:
     base = base_model.resolve(str(tiny_model))
     loaded = load_tuned(base, artifacts.load(folder, "adapter")) if folder else load_base(base.path)
     tokenizer = load_tokenizer(str(tiny_model))
-    prompt = render_prompt(tokenizer, [{"role": "user", "content": QUESTION}])
+    renderer = Renderer(chat_format(tokenizer))
+    prompt = renderer.template_text([{"role": "user", "content": QUESTION}], prompt=True)
     (answer,) = generate_answers(
         loaded, tokenizer, [prompt], batch_size=1, batch_tokens=1, max_new_tokens=12,
         on_batch=lambda done, total: None,
@@ -91,7 +92,10 @@ def test_answers_in_a_batch_are_those_of_prompts_alone(
     )
     tokenizer = load_tokenizer(str(tiny_model))
     questions = [QUESTION, "fig", "lime number 11 is white, the pear is red", "plum", "pear", "fig"]
-    prompts = [render_prompt(tokenizer, [{"role": "user", "content": q}]) for q in questions]
+    renderer = Renderer(chat_format(tokenizer))
+    prompts = [
+        renderer.template_text([{"role": "user", "content": q}], prompt=True) for q in questions
+    ]
 
     def answers(batch_size: int) -> list[str]:
         generated = generate_answers(

@@ -7,6 +7,7 @@ import yaml
 from kfp.components import load_component_from_file
 
 from tuneline.finetune.methods import METHODS
+from tuneline_pipelines import resources
 from tuneline_pipelines.compile import compile_pipelines
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -182,10 +182,9 @@ def load_adapter(
     from peft import PeftModel
     from torch.nn import Embedding
 
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    embedding = base.get_input_embeddings()
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     rows = _embedding_rows(base, folder)
-    if rows is not None and rows != embedding.get_parameter("weight").shape[0]:
+    if rows is not None and rows != base.get_input_embeddings().get_parameter("weight").shape[0]:
         if isinstance(model, PeftModel):
             raise ArtifactError(
                 f"the adapter in {folder} added tokens, {rows} in all, and others are on this base "
@@ -213,7 +212,7 @@ def load_adapter(
     return tuned
 
 
-def _embedding_rows(base: PreTrainedModel, folder: str) -> int | None:
+def _embedding_rows(base: Any, folder: str) -> int | None:
     """Rows of the input embeddings that the adapter brings, if it brings any."""
     from safetensors import safe_open
 
