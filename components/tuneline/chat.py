@@ -118,6 +118,7 @@ class Chat:
         self._system = system
         self._max_new_tokens = max_new_tokens
         self._base: BaseModel | None = None
+        self._base_reference = ""
         self._stands: dict[Quantization | None, _Stand] = {}
         self._speakers: dict[str, _Speaker] = {}
         self._stack = ExitStack()
@@ -140,7 +141,7 @@ class Chat:
             ModelError: it can't be used.
             DataError: it has no chat template.
         """
-        self._base = base_model.resolve(reference)
+        self._base, self._base_reference = base_model.resolve(reference), reference
         self._add(BASE, self._base, lambda: self._stand_of_base().alone())
 
     def add_adapter(self, name: str, folder: Path) -> None:
@@ -165,24 +166,32 @@ class Chat:
         self._add(name, self._base, lambda: stand.with_adapter(known_as, adapter))
 
     def add_model(self, reference: str) -> None:
-        """Let a MergedModel speak: its folder, or a version in the registry.
+        """Let a MergedModel or PackagedModel speak: its folder, or a version in the registry.
 
         Args:
             reference: `DIR`, `models:/NAME@ALIAS` or `models:/NAME/VERSION`, and `#code=sha256:...`
-                behind it if the model has code of its own.
+                behind it if merged weights have code of their own. A package stands on the base of
+                `add_base`, if there is one, else on the one that it names.
 
         Raises:
-            ArtifactError: not a MergedModel, or damaged.
+            ArtifactError: neither of both, damaged, or a package of another base.
             RegistryError: no such version, or its files are not the registered ones.
             ModelError: its code is not pinned, or not the pinned one.
         """
+        from tuneline.merge.package import load_packaged
+        from tuneline.register.package import package_of
+
         place, _, pin = reference.partition(CODE_PIN)
         if place.startswith(REGISTERED):
-            folder = self._stack.enter_context(_registered(place))
+            found = self._stack.enter_context(_registered(place))
         else:
-            folder = artifacts.load(Path(place), "merged_model").path
-        model = base_model.resolve(f"{folder}{CODE_PIN}{pin}" if pin else str(folder))
-        self._add(MODEL, model, _whole(model.path, trust_code=model.trusts_code))
+            found = artifacts.load(Path(place), package_of(Path(place)).kind)
+        if found.manifest.kind == "packaged_model":
+            model, tokenizer = load_packaged(found.path, base_model=self._base_reference)
+            self._speakers[MODEL] = _Speaker(tokenizer, lambda: nullcontext(model))
+            return
+        weights = base_model.resolve(f"{found.path}{CODE_PIN}{pin}" if pin else str(found.path))
+        self._add(MODEL, weights, _whole(weights.path, trust_code=weights.trusts_code))
 
     def _stand(self, quantization: Quantization | None) -> _Stand:
         assert self._base is not None
@@ -273,8 +282,8 @@ def _whole(folder: Path, *, trust_code: bool) -> Any:
 
 
 @contextmanager
-def _registered(reference: str) -> Iterator[Path]:
-    """The model folder of a registered version, verified against what was registered."""
+def _registered(reference: str) -> Iterator[Artifact]:
+    """The model of a registered version, verified against what was registered."""
     from tuneline.register import tags
     from tuneline.register.package import MODEL as FOLDER
     from tuneline.register.package import package_of
@@ -296,12 +305,7 @@ def _registered(reference: str) -> Iterator[Path]:
                 f"{label(version)}: its files ({model.digest[:19]}) are not the registered ones "
                 f"({str(stated)[:19]}): register the model again"
             )
-        if model.manifest.kind != "merged_model":
-            raise RegistryError(
-                f"{label(version)} is a {model.manifest.kind}, not plain weights: give its base "
-                "with --base-model and its adapter with --adapter"
-            )
-        yield model.path
+        yield model
 
 
 def _parts(reference: str) -> tuple[str, str, str]:

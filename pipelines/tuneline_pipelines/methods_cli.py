@@ -68,7 +68,7 @@ def _add_chat(commands: Any) -> None:
     chat.add_argument(
         "--model",
         metavar="DIR|models:/NAME@ALIAS",
-        help="a MergedModel, or a registered version (models:/NAME/N for a number)",
+        help="a MergedModel or PackagedModel, or a registered version (models:/NAME/N)",
     )
     chat.add_argument("--prompt", metavar="TEXT", help="ask this once and end")
     chat.add_argument("--system", default="", metavar="TEXT", help="the system message")

@@ -255,6 +255,26 @@ def test_a_registered_version_speaks_and_a_changed_one_does_not(
     mlflow.set_tracking_uri(None)
 
 
+def test_a_packaged_model_speaks_on_its_base_only(
+    tiny_model: Path, adapter: Adapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packaged, base = str(tmp_path / "packaged"), str(tiny_model)
+    steps.merge(base, str(adapter("bottleneck")), {}, packaged)
+    assert artifacts.load(Path(packaged), "packaged_model")
+    command = ["chat", "--prompt", QUESTION, "--max-new-tokens", "12", "--json"]
+    capsys.readouterr()
+    assert main([*command, "--base-model", base, "--model", packaged]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "base": alone(tiny_model, None),
+        "model": alone(tiny_model, adapter("bottleneck")),
+    }
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    (other / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert main([*command, "--base-model", str(other), "--model", packaged]) == 1
+    assert "was trained on tiny-llama" in capsys.readouterr().err
+
+
 def test_columns_are_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "63")
     text = side_by_side([("base", "x" * 40 + "\n\nend"), ("law", "short")])
