@@ -178,6 +178,7 @@ class Chat:
             RegistryError: no such version, or its files are not the registered ones.
             ModelError: its code is not pinned, or not the pinned one.
         """
+        from tuneline.data_prep.chat import Renderer, chat_format
         from tuneline.merge.package import load_packaged
         from tuneline.register.package import package_of
 
@@ -188,7 +189,8 @@ class Chat:
             found = artifacts.load(Path(place), package_of(Path(place)).kind)
         if found.manifest.kind == "packaged_model":
             model, tokenizer = load_packaged(found.path, base_model=self._base_reference)
-            self._speakers[MODEL] = _Speaker(tokenizer, lambda: nullcontext(model))
+            renderer = Renderer(chat_format(tokenizer, found.path))
+            self._speakers[MODEL] = _Speaker(tokenizer, renderer, lambda: nullcontext(model))
             return
         weights = base_model.resolve(f"{found.path}{CODE_PIN}{pin}" if pin else str(found.path))
         self._add(MODEL, weights, _whole(weights.path, trust_code=weights.trusts_code))
