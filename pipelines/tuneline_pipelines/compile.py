@@ -8,7 +8,7 @@ from tuneline.errors import UsageError
 
 
 def compile_pipelines(out: Path) -> list[Path]:
-    """Write one YAML package per method, and `compare`.
+    """Write one YAML package per method, `promote` and `compare`.
 
     Raises:
         UsageError: the folder can't be written.
@@ -16,11 +16,15 @@ def compile_pipelines(out: Path) -> list[Path]:
     from kfp.compiler import Compiler
 
     from tuneline.finetune.methods import METHODS
-    from tuneline_pipelines import compare, finetune, resources
+    from tuneline_pipelines import compare, finetune, promote, resources
 
     written = []
     pipelines = [finetune.build(resources.on_cluster, method) for method in METHODS]
-    for pipeline in (*pipelines, compare.build(resources.on_cluster, parallelism=0)):
+    pipelines += [
+        promote.build(resources.on_cluster),
+        compare.build(resources.on_cluster, parallelism=0),
+    ]
+    for pipeline in pipelines:
         path = out / f"{pipeline.name}.yaml"
         aside = out / f"{pipeline.name}.partial.yaml"
         try:

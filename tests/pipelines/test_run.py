@@ -129,6 +129,21 @@ def test_the_registry_serves_the_merged_model(summary: dict) -> None:
     assert served == merged
 
 
+def test_the_pipeline_that_only_promotes_runs_the_same_step(summary: dict, tmp_path: Path) -> None:
+    alias = fresh(
+        "import sys\n"
+        "from kfp import local\n"
+        "from tuneline_pipelines import promote\n"
+        "local.init(local.SubprocessRunner(use_venv=False), pipeline_root=sys.argv[1])\n"
+        "pipeline = promote.build(lambda task: None)\n"
+        "print(pipeline(registry={'model_name': 'colours'}, version=1).output)",
+        str(tmp_path),
+        MLFLOW_TRACKING_URI=summary["tracking_uri"],
+        PYTHONPATH=os.pathsep.join(sys.path),
+    )
+    assert alias == "champion"
+
+
 def test_the_run_tree_has_a_parent_and_a_child_per_step(
     summary: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
