@@ -267,7 +267,6 @@ for job in json.loads(sys.stdin.read()):
         model = AutoModelForCausalLM.from_pretrained(job["adapter"], **options)
     else:
         from peft import PeftModel
-from safetensors.torch import load_file, save_file
         if job["double"] is not None:
             from transformers import BitsAndBytesConfig
             options["quantization_config"] = BitsAndBytesConfig(

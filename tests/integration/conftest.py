@@ -239,6 +239,7 @@ def server(
         # webhooks go to this machine, without TLS
         "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
         "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http",
+        "MLFLOW_WEBHOOK_CACHE_TTL": "1",  # it remembers for so long that there was no webhook
     }
     uri = f"http://127.0.0.1:{port}"
     with started(command, lambda: answers(f"{uri}/health"), folder / "server.log", **environment):

@@ -7,6 +7,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -377,6 +378,8 @@ def test_a_tag_set_in_mlflow_approves_through_a_signed_webhook(
         text=True,
     )
     assert process.stdout is not None
+    patience = threading.Timer(120, process.kill)  # ends the waiting for a line
+    patience.start()
     with process.stdout as output:
         try:
             url = next(line for line in output if "http://" in line).split()[-1]
@@ -386,9 +389,11 @@ def test_a_tag_set_in_mlflow_approves_through_a_signed_webhook(
             unsigned = urllib.request.Request(url, data=b"{}", method="POST")
             with pytest.raises(urllib.error.HTTPError, match="401"):
                 urllib.request.urlopen(unsigned, timeout=10)
+            time.sleep(2)
             client.set_model_version_tag(name, "1", "tuneline.approve", "Ada Vega: read the report")
             next(line for line in output if "is approved by Ada Vega" in line)
         finally:
+            patience.cancel()
             process.terminate()
             assert process.wait(20) == 143
     (approval,) = (event for event in events(name) if event.action == "approve")
