@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from machine import machine
 
 _COMMON = (
     "the of and to in is was for that on with as it by from at his an were are which this be or "
@@ -166,15 +166,6 @@ def measure(*arguments: str, **environment: str) -> dict[str, Any]:
     return json.loads(output.splitlines()[-1]) | {"peak_bytes": peak}
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def _ratio(base: dict[str, Any] | None, got: dict[str, Any], name: str) -> str:
     return f"{base[name] / got[name]:.2f}" if base else ""
 
@@ -191,10 +182,7 @@ def main() -> None:
     from tuneline import base_model
 
     folder = str(base_model.resolve(options.base_model).path)
-    memory = psutil.virtual_memory().total / 1e9
-    print(f"machine: {_cpu_name()}, {psutil.cpu_count()} cores, {memory:.0f} GB, "
-          f"{platform.system()}, Python {platform.python_version()}, "
-          f"load {os.getloadavg()[0]:.1f} at the start\n")  # fmt: skip
+    print(f"{machine()}, load {os.getloadavg()[0]:.1f} at the start\n")
     print("| rows | tokens a row | variant | rows/s | CPU s | rows/s against bare "
           "| CPU s against bare | peak memory |")  # fmt: skip
     print("| ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |", flush=True)

@@ -9,14 +9,13 @@ of the command line (median of 5, interpreter start beside it), and prints one t
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import psutil
+from machine import machine
 
 
 def _median_seconds(*arguments: str) -> float:
@@ -28,23 +27,12 @@ def _median_seconds(*arguments: str) -> float:
     return statistics.median(seconds)
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     """Print the table."""
     workdir = Path(sys.argv[1] if len(sys.argv) > 1 else "build/demo")
     summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
     wall = summary["wall_seconds"]
-    memory = psutil.virtual_memory().total / 1e9
-    print(f"machine: {_cpu_name()}, {psutil.cpu_count()} cores, {memory:.0f} GB, "
-          f"{platform.system()}, Python {platform.python_version()}")  # fmt: skip
+    print(machine())
     print("\n| step | seconds | share |\n| --- | ---: | ---: |")
     for step, seconds in summary["steps"].items():
         print(f"| {step} | {seconds:.1f} | {seconds / wall:.1%} |")

@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
+from machine import machine
 
 _MAKE = """
 import sys, torch
@@ -148,15 +147,6 @@ def _run(code: str, folder: Path, number: int) -> dict[str, float]:
     return json.loads(done.stdout.rpartition("RESULT ")[2])
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser()
@@ -177,10 +167,7 @@ def main() -> None:
         for number in range(options.repeats):
             for variant, code in variants.items():
                 results[variant].append(_run(code, folder, number))
-    memory = psutil.virtual_memory().total / 1e9
-    print(f"machine: {_cpu_name()}, {psutil.cpu_count()} cores, {memory:.0f} GB, "
-          f"{platform.system()}, Python {platform.python_version()}, torch {version('torch')}, "
-          f"peft {version('peft')}")  # fmt: skip
+    print(machine("torch", "peft"))
     print(f"model: random Llama, {parameters / 1e9:.2f}B parameters, bf16, {size / 1e9:.2f} GB; "
           f"median of {options.repeats}")  # fmt: skip
     copy = statistics.median(one["seconds"] for one in results["cp and sync"])

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,8 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
+
+from machine import machine
 
 REFERENCE: Final = "lora"
 VARIANTS: Final[dict[str, dict[str, Any]]] = {
@@ -160,9 +161,6 @@ def main() -> None:
         variant, folder = options.child
         print(json.dumps(child(variant, Path(folder), options.rows, options.threads)))
         return
-    import psutil
-    import torch
-    import transformers
 
     variants = [v for v in VARIANTS if not options.methods or v in (*options.methods, REFERENCE)]
     runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
@@ -179,11 +177,10 @@ def main() -> None:
                 )  # fmt: skip
                 runs[variant].append(json.loads(done.stdout.splitlines()[-1]))
                 print(variant, runs[variant][-1], file=sys.stderr, flush=True)
-    memory = psutil.virtual_memory().total / 1e9
-    print(f"machine: {psutil.cpu_count()} cores, {memory:.0f} GB, {platform.system()}, Python "
-          f"{platform.python_version()}, torch {torch.__version__}, transformers "
-          f"{transformers.__version__}; {options.threads} thread(s), {options.rows} steps of one "
-          f"row, {options.repeats} time(s)\n")  # fmt: skip
+    print(
+        f"{machine('torch', 'transformers')}; {options.threads} thread(s), {options.rows} steps "
+        f"of one row, {options.repeats} time(s)\n"
+    )
     seconds = {v: [s for run in found for s in run["seconds"]] for v, found in runs.items()}
     print("| method | CPU-s a step | over LoRA | quartiles | peak RSS | over LoRA | share |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")

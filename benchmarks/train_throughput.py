@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import resource
 import statistics
@@ -32,6 +31,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from machine import machine
 
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 LEARNING_RATE = 5e-4
@@ -289,9 +290,6 @@ def main() -> None:
     if options.child:
         child(*options.child)
         return
-    import psutil
-    import torch
-    import transformers
 
     from tuneline import base_model
 
@@ -321,11 +319,10 @@ def main() -> None:
                 print(variant, results[variant][-1], file=sys.stderr, flush=True)
     parameters = 134_515_008
     ceiling = gemm_flops_per_cpu_second(options.threads) / (4 * parameters)
-    memory = psutil.virtual_memory().total / 1e9
-    print(f"machine: {psutil.cpu_count()} cores, {memory:.0f} GB, {platform.system()}, Python "
-          f"{platform.python_version()}, torch {torch.__version__}, transformers "
-          f"{transformers.__version__}; {options.threads} threads, {options.rows} rows, {tokens} "
-          f"tokens, {supervised / tokens:.0%} supervised, median of {options.repeats}")  # fmt: skip
+    print(
+        f"{machine('torch', 'transformers')}; {options.threads} threads, {options.rows} rows, "
+        f"{tokens} tokens, {supervised / tokens:.0%} supervised, median of {options.repeats}"
+    )
     print(f"ceiling: {ceiling:.0f} tokens per CPU-second\n")
     print(
         "| variant | tokens/CPU-s | spread | of the ceiling | tokens/s | peak RSS | held-out loss |"

@@ -389,7 +389,7 @@ def test_a_tag_set_in_mlflow_approves_through_a_signed_webhook(
             unsigned = urllib.request.Request(url, data=b"{}", method="POST")
             with pytest.raises(urllib.error.HTTPError, match="401"):
                 urllib.request.urlopen(unsigned, timeout=10)
-            time.sleep(2)
+            time.sleep(2)  # longer than MLflow remembers that there was no webhook
             client.set_model_version_tag(name, "1", "tuneline.approve", "Ada Vega: read the report")
             next(line for line in output if "is approved by Ada Vega" in line)
         finally:
