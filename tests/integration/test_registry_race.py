@@ -115,13 +115,15 @@ class Watch:
         self._thread = threading.Thread(target=self._read)
 
     def _read(self) -> None:
-        while not self._stopped.is_set():
+        is_last = False
+        while not is_last:
+            is_last = self._stopped.is_set()  # what the last process did is read too
             aliases = self._client.get_registered_model(self._name).aliases
             value = str(aliases.get("champion", "none"))
             self.readings += 1
             if not self.values or self.values[-1] != value:
                 self.values.append(value)
-            time.sleep(0.2)
+            self._stopped.wait(0.2)
 
     def __enter__(self) -> "Watch":
         self._thread.start()
