@@ -102,13 +102,15 @@ def problems(count: int, seed: int) -> list[list[dict[str, str]]]:
 
 def tokenized(model: Path, count: int, seed: int) -> list[dict[str, Any]]:
     """Rows with `input_ids` and `supervised`."""
-    from tuneline.data_prep import chat
+    from tuneline.data_prep.chat import Renderer, chat_format, load_tokenizer
+    from tuneline.data_prep.records import Record
 
-    tokenizer = chat.load_tokenizer(str(model))
-    rendered = [chat.render(tokenizer, messages) for messages in problems(count, seed)]
+    renderer = Renderer(chat_format(load_tokenizer(str(model)), model))
+    rendered = [row for chat in problems(count, seed) for row in renderer.render(Record(chat))]
+    encoded = [tokens for row in renderer.encode(rendered) for tokens in row]
     return [
-        {"row": index, "input_ids": list(row.input_ids), "supervised": list(row.supervised)}
-        for index, row in enumerate(chat.tokenize(tokenizer, rendered))
+        {"row": index, "input_ids": tokens.input_ids, "supervised": tokens.supervised}
+        for index, tokens in enumerate(encoded)
     ]
 
 

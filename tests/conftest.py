@@ -40,6 +40,8 @@ def own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
         "MLFLOW_RUN_ID",
         "TUNELINE_MLFLOW_ARTIFACTS",
         "TUNELINE_CHECKPOINTS",
+        "TUNELINE_POOLS",
+        "TUNELINE_RUNNER",
     ):
         monkeypatch.setenv(name, "")  # so that what a test leaves set is taken back
         monkeypatch.delenv(name)

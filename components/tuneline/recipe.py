@@ -31,6 +31,10 @@ else:
 T = TypeVar("T", bound=Settings)
 HISTORY_SUFFIX: Final = ".history"
 """The registered model `NAME.history` holds what was done to the model `NAME`."""
+RETRAIN_SUFFIX: Final = ".retrain"
+"""The registered model `NAME.retrain` holds which retrainings of `NAME` began."""
+BOOKS: Final = (HISTORY_SUFFIX, RETRAIN_SUFFIX)
+"""How the names end that no model of a user may have."""
 Column = Literal[
     "messages", "conversations", "instruction", "input", "output", "history", "prompt",
     "completion", "text", "system", "tools", "id",
@@ -176,6 +180,9 @@ class TrainingSection(Settings):
     gradient_checkpointing: bool = False
     """Keep the activations of block borders only and compute the others again: about a third more
     time for a fraction of the memory."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the computation; what trains is held in fp32 always. `auto`: bf16 on an accelerator that
+    has it, else fp32."""
     kernels: Literal["auto", "off"] = "auto"
     """`auto`: flash attention and Liger kernels on an accelerator where they are installed."""
     compile: bool = False
@@ -333,8 +340,8 @@ class RegistrySection(Settings):
     @field_validator("model_name", "to_model")
     @classmethod
     def _keeps_histories_apart(cls, value: str | None) -> str | None:
-        if value is not None and value.endswith(HISTORY_SUFFIX):
-            raise ValueError(f"must not end with {HISTORY_SUFFIX}, which names the histories")
+        if value is not None and value.endswith(BOOKS):
+            raise ValueError(f"must not end with {' or '.join(BOOKS)}, which tuneline uses itself")
         return value
 
     @model_validator(mode="after")
@@ -342,6 +349,23 @@ class RegistrySection(Settings):
         if self.to_model == self.model_name:
             raise ValueError("to_model must be another model than model_name")
         return self
+
+
+class RetrainSection(Settings):
+    """When `retrain` trains on data that changed. With nothing set, every change is trained on;
+    else a change waits until one of these holds."""
+
+    min_new_rows: int | None = Field(default=None, ge=1)
+    """So many rows more to train on than at the last retraining."""
+    min_drift: float | None = Field(default=None, gt=0, le=1)
+    """The words or lengths of the rows moved this far: Jensen-Shannon distance, 0 to 1."""
+    max_champion_age_days: float | None = Field(default=None, gt=0)
+    """The champion became it so long ago."""
+
+    @property
+    def any(self) -> bool:
+        """Whether one of them is set."""
+        return any(value is not None for value in self.model_dump().values())
 
 
 class Recipe(Settings):
@@ -355,6 +379,7 @@ class Recipe(Settings):
     gate: GateSection = GateSection()
     export: ExportSection = ExportSection()
     registry: RegistrySection
+    retrain: RetrainSection = RetrainSection()
     compare: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Legs of `tuneline compare`: a method's name, or a name of your own with `method` naming one,
     to `learning_rate` and the hyperparameters that differ from the method's defaults."""

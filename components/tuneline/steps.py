@@ -8,8 +8,10 @@ it turns an error into one sentence and an exit code.
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,17 +21,19 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from safetensors import SafetensorError
 
-from tuneline import recipe
+from tuneline import form, pools, recipe
 from tuneline.base_model import cache_dir
 from tuneline.errors import EXIT_FAILED, EXIT_TERMINATED, RegistryError, Terminated, TunelineError
 from tuneline.progress import complain, peak_memory_bytes, ranks, record, report
 from tuneline.termination import raise_on_sigterm
-from tuneline.tracking import Step, TrackedStep, finish_run, tracked
+from tuneline.tracking import Step, TrackedStep, finish_run, mlflow_errors, tracked
 
 if TYPE_CHECKING:
     from tuneline.compare.leg import Job
 
 T = TypeVar("T")
+RESOLVED: Final = ("data", "training", "evaluation", "gate", "export", "registry")
+"""The sections that the steps of a pipeline read."""
 NOT_REGISTERED: Final = 0
 """In place of a version: the gate refused the model, and the recipe says to skip it then."""
 _TORCH = ("torch", "transformers", "peft")
@@ -98,14 +102,90 @@ def _step(
 
 
 def check_recipe(
-    base_model: str, sections: Mapping[str, Any], run_id: str, experiment: str
-) -> dict[str, Any]:
-    """Check the whole recipe before anything asks for an accelerator; returns it resolved."""
+    values: Mapping[str, Any],
+    method: str,
+    hyperparameters: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    run_id: str,
+    experiment: str,
+) -> tuple[Any, ...]:
+    """Check a filled run form as a whole recipe, before anything asks for an accelerator.
+
+    Returns:
+        The base model, the sections `RESOLVED`, and every hyperparameter of the method.
+    """
     with _step("check_recipe", run_id, experiment) as step:
-        resolved = recipe.resolve({"model": {"base_model": base_model}, **sections})
-        values = resolved.model_dump(mode="json", exclude_none=True)
-        step.log_params({section: values[section] for section in recipe.SECTIONS})
-        return values
+        sections = form.sections_of(
+            values, overrides, method=method, hyperparameters=hyperparameters
+        )
+        resolved = _resolved(recipe.resolve(sections, source="run form"), step)
+        settings = resolved["method"]
+        return (
+            resolved["model"]["base_model"],
+            *(resolved[section] for section in RESOLVED),
+            *(value for key, value in settings.items() if key != "name"),
+        )
+
+
+def _resolved(checked: recipe.Recipe, step: Step) -> dict[str, Any]:
+    values = checked.model_dump(mode="json", exclude_none=True)  # KFP has no null in a dict
+    step.log_params({section: values[section] for section in recipe.SECTIONS})
+    return values
+
+
+def resolve_pool(gpu_pool: str, run_id: str, experiment: str) -> tuple[Any, ...]:
+    """What the steps with an accelerator ask of Kubernetes."""
+    with _step("resolve_pool", run_id, experiment) as step:
+        pool = pools.read().named(gpu_pool)
+        step.log_params({"gpu_pool": gpu_pool, **pool.model_dump(mode="json", exclude_none=True)})
+        return tuple(pool.placement().values())
+
+
+def check_retrain(
+    values: Mapping[str, Any],
+    method: str,
+    overrides: Mapping[str, Any],
+    run_id: str,
+    experiment: str,
+) -> tuple[Any, ...]:
+    """Check a filled run form, and find out whether there is anything to do.
+
+    Returns:
+        The base model, the sections `RESOLVED`, the method, and the decision: what to do, why, the
+        content key, and the version that the same work has given, or 0.
+    """
+    from tuneline import base_model
+    from tuneline.retrain import decide, ledger
+    from tuneline.retrain.profile import profile_of
+
+    with _step("check_retrain", run_id, experiment, pipeline="retrain") as step:
+        sections = form.sections_of(values, overrides, method=method, hyperparameters={})
+        checked = recipe.resolve(sections, source="run form")
+        if not isinstance(step, TrackedStep):
+            raise RegistryError(
+                "retraining needs MLflow, where it finds out what was done: set MLFLOW_TRACKING_URI"
+            )
+        profile = profile_of(checked.data)
+        base = base_model.resolve(checked.model.base_model)
+        key = decide.key_of(checked, profile, base.digest)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / ledger.PROFILE
+            path.write_text(json.dumps(profile.as_json()), encoding="utf-8")
+            step.log_file(path)
+        with mlflow_errors("deciding whether to retrain"):
+            decision = decide.decide(step.client, checked, profile, key, run_id, step.run_id)
+        report(f"{decision.action}: {decision.reason}")
+        resolved = _resolved(checked, step)
+        step.log_params({"decision": decision.action, "reason": decision.reason, "key": key})
+        step.log_metrics({"train_rows": profile.rows})
+    if decision.action == "nothing":
+        finish_run(run_id, experiment)
+    return (
+        resolved["model"]["base_model"],
+        *(resolved[section] for section in RESOLVED),
+        resolved["method"],
+        *(decision.action, decision.reason, key, decision.version),
+    )
 
 
 def prepare_data(
@@ -251,6 +331,8 @@ def register(
     registry: Mapping[str, Any],
     run_id: str = "",
     experiment: str = "",
+    *,
+    retrain_key: str = "",
 ) -> int:
     """A MergedModel and its EvalReport to a registered version; returns its number, or 0 where the
     gate refused the model and a refused one is not registered."""
@@ -272,6 +354,7 @@ def register(
             run_id,
             step,
             require_approval=section.require_approval,
+            retrain_key=retrain_key,
         )
 
 
@@ -306,23 +389,33 @@ def promote(
 
 
 def check_compare(
-    base_model: str,
-    sections: Mapping[str, Any],
+    values: Mapping[str, Any],
     methods: Sequence[str],
+    overrides: Mapping[str, Any],
     run_id: str,
     experiment: str,
-) -> list[dict[str, Any]]:
-    """Check the recipe and every leg of a comparison; returns the legs."""
+) -> tuple[Any, ...]:
+    """Check a comparison's form and every leg.
+
+    Returns:
+        The base model, the sections data, evaluation and gate, and the legs.
+    """
     from tuneline.compare.legs import legs_of
 
     with _step("check_compare", run_id, experiment, pipeline="compare") as step:
-        resolved = recipe.resolve({"model": {"base_model": base_model}, **sections}, exports=False)
-        legs = [leg.values() for leg in legs_of(resolved, methods)]
-        values = resolved.model_dump(mode="json", exclude_none=True)
-        step.log_params({section: values[section] for section in recipe.SECTIONS})
+        sections = form.sections_of(values, overrides, method=None, hyperparameters={})
+        # nothing is registered; the section has to be there
+        sections["registry"] = {"model_name": "none", **sections.get("registry", {})}
+        checked = recipe.resolve(sections, source="run form", exports=False)
+        legs = [leg.values() for leg in legs_of(checked, methods, source="run form")]
+        resolved = _resolved(checked, step)
         step.log_params({"legs": [leg["name"] for leg in legs]})
         report(f"legs: {', '.join(leg['name'] for leg in legs)}")
-        return legs
+        return (
+            resolved["model"]["base_model"],
+            *(resolved[section] for section in ("data", "evaluation", "gate")),
+            legs,
+        )
 
 
 def measure_base(

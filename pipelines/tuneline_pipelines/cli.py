@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tuneline {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_run(commands)
+    _add_retrain(commands)
     _add_prepare(commands)
     _add_finetune(commands)
     _add_evaluate(commands)
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     methods_cli.add_commands(commands)
     _add_fetch_model(commands)
     _add_compile(commands)
+    _add_lint(commands)
     _add_schema(commands)
     return parser
 
@@ -110,6 +112,41 @@ def _run(options: argparse.Namespace) -> int:
     workdir = options.workdir or Path("tuneline-runs") / options.recipe.stem
     summary = run_recipe(resolved, workdir, quiet=options.quiet)
     print(final_table(summary))
+    return 0
+
+
+def _add_retrain(commands: Any) -> None:
+    retrain = commands.add_parser(
+        "retrain", help="run a recipe on this machine if anything changed since it last was"
+    )
+    retrain.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    _add_set(retrain, "section.key=value")
+    retrain.add_argument(
+        "--workdir", type=Path, metavar="DIR", help="work folder (default: tuneline-runs/NAME)"
+    )
+    retrain.add_argument("--quiet", action="store_true", help="print the outcome only")
+    retrain.set_defaults(command=_retrain)
+
+
+def _retrain(options: argparse.Namespace) -> int:
+    from tuneline import recipe
+
+    resolved = recipe.read(options.recipe, options.overrides)
+    from tuneline_pipelines.local import run_retrain
+
+    workdir = options.workdir or Path("tuneline-runs") / options.recipe.stem
+    outcome = run_retrain(resolved, workdir, quiet=options.quiet)
+    version = outcome["version"]
+    did = {"train": "trained", "promote": "promoted what was made", "nothing": "nothing"}
+    rows = [
+        ("did", did[outcome["action"]]),
+        ("why", outcome["reason"]),
+        ("version", f"{outcome['model_name']} version {version}" if version else "none"),
+        *[("gate", f"{outcome['gate']}, alias {', '.join(outcome['aliases']) or 'none'}")
+          for _ in range("gate" in outcome)],
+        ("time", f"{minutes(outcome['wall_seconds'])} min"),
+    ]  # fmt: skip
+    print("\n".join(["", "-" * 78, *(f"{name:<14}{value}" for name, value in rows), "-" * 78]))
     return 0
 
 
@@ -289,14 +326,49 @@ def _fetch_model(options: argparse.Namespace) -> int:
 def _add_compile(commands: Any) -> None:
     compile_ = commands.add_parser("compile", help="write the pipelines as KFP packages")
     compile_.add_argument("--out", type=Path, default=Path("build"), metavar="DIR")
+    compile_.add_argument(
+        "--pools",
+        type=Path,
+        metavar="FILE",
+        help="pools.yaml whose pools the run forms offer (default: TUNELINE_POOLS, or built in)",
+    )
+    compile_.add_argument(
+        "--release", action="store_true", help="refuse images that are not named by digest"
+    )
     compile_.set_defaults(command=_compile)
 
 
 def _compile(options: argparse.Namespace) -> int:
+    from tuneline import pools
     from tuneline_pipelines.compile import compile_pipelines
 
-    for path in compile_pipelines(options.out):
+    for path in compile_pipelines(options.out, pools.read(options.pools), release=options.release):
         print(path)
+    return 0
+
+
+def _add_lint(commands: Any) -> None:
+    lint = commands.add_parser(
+        "lint", help="find what KFP accepts and then does wrong, in any compiled pipeline"
+    )
+    lint.add_argument("packages", nargs="+", type=Path, metavar="SPEC.yaml")
+    lint.add_argument("--release", action="store_true", help="images must be named by digest too")
+    lint.set_defaults(command=_lint)
+
+
+def _lint(options: argparse.Namespace) -> int:
+    from tuneline_pipelines import lint
+
+    found = 0
+    for path in options.packages:
+        findings = lint.check(lint.read(path), release=options.release)
+        found += len(findings)
+        for finding in findings:
+            print(f"{path}: {finding}")
+    if found:
+        print(f"{found} finding{'s' if found > 1 else ''}")
+        return EXIT_FAILED
+    print(f"{len(options.packages)} package{'s' if len(options.packages) > 1 else ''}, no finding")
     return 0
 
 

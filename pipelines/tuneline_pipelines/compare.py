@@ -6,52 +6,60 @@
 from kfp import dsl
 
 from tuneline.compare.component import check_compare, finetune_leg, leaderboard, measure_base
+from tuneline.component import resolve_pool
 from tuneline.data_prep.component import prepare_data
-from tuneline_pipelines.resources import Place
+from tuneline.form import DEFAULTS
+from tuneline_pipelines.resources import RUN_CONFIG, Place
 
 
-def build(place: Place, *, parallelism: int) -> dsl.base_component.BaseComponent:
+def build(place: Place, *, parallelism: int, default_pool: str) -> dsl.base_component.BaseComponent:
     """The pipeline with each task placed by `place`.
 
     Args:
         place: gives a task what it needs.
         parallelism: legs at once; 0 for all, as far as the cluster has room.
+        default_pool: of the run form.
     """
 
     @dsl.pipeline(
         name="compare",
-        description="Train the same data with several methods, each with its own settings and the "
-        "same budget, and order them. `methods`: names, or all. `compare`: settings of single "
-        "legs, and further legs. The other parameters are the sections of a recipe.",
+        description="Trains the same data with several methods on gpu_pool, each with its own "
+        "settings and the same budget, and orders them; nothing is registered. methods: names, or "
+        "all. overrides: any other setting, as a part of a recipe; its section compare holds "
+        'settings of single legs and further legs, for example {"compare": {"lora-r64": {"method": '
+        '"lora", "rank": 64}}}.',
+        pipeline_config=RUN_CONFIG,
     )
     def pipeline(
-        base_model: str,
-        data: dict,
+        base_model: str = DEFAULTS["base_model"],
+        train_data: str = DEFAULTS["train_data"],
+        test_data: str = DEFAULTS["test_data"],
         methods: list = ["all"],  # noqa: B006  KFP writes it into the package
-        method: dict = {"name": "lora"},  # noqa: B006
-        training: dict = {},  # noqa: B006
-        evaluation: dict = {},  # noqa: B006
-        gate: dict = {},  # noqa: B006
-        compare: dict = {},  # noqa: B006
-        experiment: str = "tuneline",
+        epochs: float = DEFAULTS["epochs"],
+        precision: str = DEFAULTS["precision"],
+        gpu_pool: str = default_pool,
+        overrides: dict = {},  # noqa: B006
+        experiment: str = DEFAULTS["experiment"],
     ) -> dsl.Artifact:
         run = {"run_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER, "experiment": experiment}
-        shared = {**run, "base_model": base_model}
         checked = check_compare(
-            **shared,
-            data=data,
+            **run,
+            base_model=base_model,
+            train_data=train_data,
+            test_data=test_data,
             methods=methods,
-            method=method,
-            training=training,
-            evaluation=evaluation,
-            gate=gate,
-            compare=compare,
+            epochs=epochs,
+            precision=precision,
+            overrides=overrides,
         )
-        prepared = prepare_data(**shared, data=data).after(checked)
+        pool = resolve_pool(**run, gpu_pool=gpu_pool).after(checked)
+        shared = {**run, "base_model": checked.outputs["base_model"]}
+        evaluation, gate = checked.outputs["evaluation"], checked.outputs["gate"]
+        prepared = prepare_data(**shared, data=checked.outputs["data"]).after(pool)
         measured = measure_base(
             **shared, dataset=prepared.outputs["dataset"], evaluation=evaluation
         )
-        with dsl.ParallelFor(checked.output, name="legs", parallelism=parallelism) as leg:
+        with dsl.ParallelFor(checked.outputs["legs"], name="legs", parallelism=parallelism) as leg:
             tuned = finetune_leg(
                 **shared,
                 leg=leg,
@@ -60,10 +68,11 @@ def build(place: Place, *, parallelism: int) -> dsl.base_component.BaseComponent
                 evaluation=evaluation,
                 gate=gate,
             )
+            place(tuned, pool.outputs)
         ranked = leaderboard(**run, rows=dsl.Collected(tuned.outputs["Output"]))
-        for task in (checked, prepared, measured, tuned, ranked):
+        place(measured, pool.outputs)
+        for task in (checked, pool, prepared, ranked):
             place(task)
-            task.set_caching_options(False)  # a hit would leave this run without its run tree
         return ranked.outputs["board"]
 
     return pipeline

@@ -22,11 +22,13 @@ from types import FrameType
 from typing import Any, Final, TextIO
 
 from tuneline.errors import Terminated, TunelineError
+from tuneline.form import arguments_of
 from tuneline.progress import RECORD_PREFIX, REPORT_PREFIX, TICK_PREFIX, peak_memory_bytes
 from tuneline.recipe import Recipe, method_of
 from tuneline.tracking import safe_uri
 
 SUMMARY: Final = "summary.json"
+OUTCOME: Final = "retrain.json"
 _ERROR_PREFIX: Final = "error: "
 _STOP_SECONDS: Final = 30
 """A training step's grace period, as on the cluster: it writes a checkpoint."""
@@ -104,13 +106,18 @@ def run_recipe(recipe: Recipe, workdir: Path, *, quiet: bool = False) -> dict[st
         TunelineError: the work folder can't be written.
         TunelineError: a step failed; the message is that step's own.
     """
+    from tuneline import pools
     from tuneline_pipelines import finetune, resources
 
     started = time.monotonic()
     workdir = workdir.absolute()
     outputs, records = _run(
-        lambda: finetune.build(resources.on_this_machine, method_of(recipe.method)),
-        pipeline_arguments(recipe),
+        lambda: finetune.build(
+            resources.on_this_machine,
+            method_of(recipe.method),
+            default_pool=pools.read().without_accelerator,
+        ),
+        lambda pipeline: arguments_for(pipeline, recipe),
         workdir,
         (SUMMARY,),
         quiet=quiet,
@@ -122,6 +129,68 @@ def run_recipe(recipe: Recipe, workdir: Path, *, quiet: bool = False) -> dict[st
     return summary
 
 
+def run_retrain(recipe: Recipe, workdir: Path, *, quiet: bool = False) -> dict[str, Any]:
+    """Run the pipeline `retrain`; returns the outcome, which is also written to the work folder.
+
+    Raises:
+        TunelineError: as `run_recipe`.
+    """
+    from tuneline import pools
+    from tuneline.retrain.ledger import RUNNER_VARIABLE, runner
+    from tuneline_pipelines import resources, retrain
+
+    started = time.monotonic()
+    workdir = workdir.absolute()
+    os.environ[RUNNER_VARIABLE] = runner()
+    outputs, records = _run(
+        lambda: retrain.build(
+            resources.on_this_machine, default_pool=pools.read().without_accelerator
+        ),
+        lambda pipeline: arguments_for(pipeline, recipe),
+        workdir,
+        (OUTCOME,),
+        quiet=quiet,
+    )
+    if outputs["action"] != "nothing" and not any(r["task"] == "promote" for r in records):
+        raise TunelineError(
+            f"the pipeline was to {outputs['action']} and ended before the promotion: see "
+            f"{workdir / 'run.log'}"
+        )
+    name = recipe.registry.model_name
+    done: dict[str, Any] = (
+        # a run with nothing to do has said all in its reason, and MLflow takes seconds to import
+        {"model_name": name, "version": int(outputs["version"])}
+        if outputs["action"] == "nothing"
+        else _registered(name, outputs["key"])
+    )
+    outcome = {
+        **{key: outputs[key] for key in ("action", "reason", "key")},
+        **done,
+        "tracking_uri": safe_uri(),
+        "wall_seconds": time.monotonic() - started,
+    }
+    _replace(workdir / OUTCOME, json.dumps(outcome, indent=2, ensure_ascii=False) + "\n")
+    return outcome
+
+
+def _registered(model_name: str, key: str) -> dict[str, Any]:
+    """The version that the work of a retraining's key has given."""
+    from tuneline.register import tags
+    from tuneline.retrain.decide import version_of
+    from tuneline.tracking import mlflow_errors, open_client
+
+    client = open_client()
+    with mlflow_errors(f"reading {model_name}"):
+        number = version_of(client, model_name, key)
+        found: dict[str, Any] = {"model_name": model_name, "version": number}
+        if not number:
+            return found
+        held = client.get_registered_model(model_name).aliases.items()
+        version = client.get_model_version(model_name, str(number))
+    aliases = sorted(alias for alias, holder in held if int(holder) == number)
+    return {**found, "aliases": aliases, "gate": version.tags[tags.GATE]}
+
+
 def run_compare(
     recipe: Recipe, methods: Sequence[str], workdir: Path, *, quiet: bool = False
 ) -> dict[str, Any]:
@@ -131,21 +200,16 @@ def run_compare(
     Raises:
         TunelineError: as `run_recipe`; or no leg finished.
     """
-    from tuneline import artifacts
+    from tuneline import artifacts, pools
     from tuneline.compare import leaderboard
     from tuneline_pipelines import compare, resources
 
     workdir = workdir.absolute()
-    values = recipe.model_dump(mode="json", exclude_none=True)  # KFP has no null in a dict
-    sections = ("data", "method", "training", "evaluation", "gate", "compare")
     outputs, _ = _run(
-        lambda: compare.build(resources.on_this_machine, parallelism=1),
-        {
-            "base_model": recipe.model.base_model,
-            "methods": list(methods),
-            **{section: values[section] for section in sections},
-            "experiment": recipe.registry.experiment,
-        },
+        lambda: compare.build(
+            resources.on_this_machine, parallelism=1, default_pool=pools.read().without_accelerator
+        ),
+        lambda pipeline: {**arguments_for(pipeline, recipe), "methods": list(methods)},
         workdir,
         (leaderboard.JSON, leaderboard.HTML),
         quiet=quiet,
@@ -170,7 +234,7 @@ def _track_locally(workdir: Path) -> None:
 
 def _run(
     build: Callable[[], Any],
-    arguments: dict[str, Any],
+    arguments: Callable[[Any], dict[str, Any]],
     workdir: Path,
     results: Sequence[str],
     *,
@@ -180,7 +244,7 @@ def _run(
 
     Args:
         build: makes the pipeline.
-        arguments: of the pipeline.
+        arguments: gives the parameters of the pipeline.
         workdir: absolute.
         results: files in it that an earlier run may have left.
         quiet: show nothing while it runs.
@@ -210,14 +274,18 @@ def _run(
 
 
 def _run_in(
-    workdir: Path, console: Console, build: Callable[[], Any], arguments: dict[str, Any]
+    workdir: Path,
+    console: Console,
+    build: Callable[[], Any],
+    arguments: Callable[[Any], dict[str, Any]],
 ) -> dict[str, Any]:
     from kfp import local
 
     local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(workdir / "kfp"))
     try:
         with contextlib.redirect_stdout(console):
-            task = build()(**arguments)
+            pipeline = build()
+            task = pipeline(**arguments(pipeline))
     except RuntimeError as error:
         sentence = console.last_error or f"{error} It ended with: {console.last_line}"
         raise TunelineError(f"{sentence}\n(full output: {workdir / 'run.log'})") from error
@@ -226,22 +294,9 @@ def _run_in(
     return dict(task.outputs)
 
 
-def pipeline_arguments(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as parameters of the pipeline."""
-    values = recipe.model_dump(mode="json", exclude_none=True)  # KFP has no null in a dict
-    method = values["method"]
-    registry = values["registry"]
-    return {
-        "base_model": values["model"]["base_model"],
-        "data": values["data"],
-        **{key: value for key, value in method.items() if key != "name"},
-        "training": values["training"],
-        "evaluation": values["evaluation"],
-        "gate": values["gate"],
-        "export": values["export"],
-        "registry": {key: value for key, value in registry.items() if key != "experiment"},
-        "experiment": registry["experiment"],
-    }
+def arguments_for(pipeline: Any, recipe: Recipe) -> dict[str, Any]:
+    """The recipe as parameters of a built pipeline."""
+    return arguments_of(recipe, list(pipeline.pipeline_spec.root.input_definitions.parameters))
 
 
 @contextlib.contextmanager

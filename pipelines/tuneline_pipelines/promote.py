@@ -8,8 +8,9 @@ form. It is the last step of `finetune-METHOD`, by itself.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 from kfp import dsl
 
-from tuneline.register.component import promote as promote_version
-from tuneline_pipelines.resources import Place
+from tuneline.form import DEFAULTS
+from tuneline.register.component import promote_version
+from tuneline_pipelines.resources import RUN_CONFIG, Place
 
 
 def build(place: Place) -> dsl.base_component.BaseComponent:
@@ -17,18 +18,25 @@ def build(place: Place) -> dsl.base_component.BaseComponent:
 
     @dsl.pipeline(
         name="promote",
-        description="Check a registered version's files, report, gate verdict and approval, load "
-        "the model, and make it champion. `registry` holds model_name, and to_model to copy it to.",
+        description="Checks a registered version's files, report, gate verdict and approval, loads "
+        "the model, and makes it champion. copy_to_model: another registered model, as "
+        "production.orders, that a new champion is copied to; empty: none. Needs no accelerator.",
+        pipeline_config=RUN_CONFIG,
     )
-    def promote(registry: dict, version: int, experiment: str = "tuneline") -> str:
+    def promote(
+        model_name: str = DEFAULTS["model_name"],
+        version: int = 1,
+        copy_to_model: str = "",
+        experiment: str = DEFAULTS["experiment"],
+    ) -> str:
         promoted = promote_version(
             run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
             experiment=experiment,
-            registry=registry,
+            model_name=model_name,
             version=version,
+            copy_to_model=copy_to_model,
         )
         place(promoted)
-        promoted.set_caching_options(False)
         return promoted.output
 
     return promote

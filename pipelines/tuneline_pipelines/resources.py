@@ -1,4 +1,4 @@
-"""What a step needs around it: retries, environment, later pools and accelerators.
+"""What a step needs around it: a node pool, retries, time limits, volumes, secrets, a queue.
 
 A cluster loses pods for reasons that a second attempt cures. A laptop does not, and there a
 stated error must end the run at once: so retries belong to the cluster's placement only.
@@ -6,57 +6,131 @@ stated error must end the run at once: so retries belong to the cluster's placem
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any, Final, Protocol
 
-from kfp import kubernetes
+from kfp import dsl, kubernetes
 from kfp.dsl import PipelineTask
 
-RETRIES = 3
-BACKOFF_MAX_DURATION = "604800s"
+from tuneline.images import TUNELINE
+from tuneline.pools import VARIABLE as POOLS_VARIABLE
+
+RETRIES: Final = 3
+BACKOFF_MAX_DURATION: Final = "604800s"
 """A spot pod can be reclaimed long after a step began. The backoff's clock starts with the first
 attempt, and its default of one hour would end the retries of every longer step."""
+TIMEOUT_SECONDS: Final = 24 * 3600
+"""Of a pod without an accelerator: longer than any step, shorter than for ever."""
+ACCELERATED_TIMEOUT_SECONDS: Final = 7 * 24 * 3600
+"""Of a pod with one, the time in a queue included; the next attempt goes on from a checkpoint."""
+RUN_CONFIG: Final = dsl.PipelineConfig(
+    active_deadline_seconds=14 * 24 * 3600, ttl_seconds_after_finished=30 * 24 * 3600
+)
+"""Of every pipeline. What a finished run leaves in Kubernetes goes after 30 days; its record in KFP
+and MLflow stays."""
 
-
-MODEL_CACHE = "tuneline-model-cache"
+MODEL_CACHE: Final = "tuneline-model-cache"
 """The volume claim of `manifests/base`."""
-CACHE_PATH = "/var/cache/tuneline"
+CACHE_PATH: Final = "/var/cache/tuneline"
 """`TUNELINE_CACHE` of the image."""
-CHECKPOINTS = "tuneline-checkpoints"
+CHECKPOINTS: Final = "tuneline-checkpoints"
 """The volume claim of `manifests/base` that a retried training step goes on from."""
-CHECKPOINTS_PATH = "/var/lib/tuneline/checkpoints"
-_TRAINING_TASK = "finetune"
+CHECKPOINTS_PATH: Final = "/var/lib/tuneline/checkpoints"
+POOLS: Final = "tuneline-pools"
+"""The config map with `pools.yaml`."""
+POOLS_PATH: Final = "/etc/tuneline"
+QUEUE_LABEL: Final = "kueue.x-k8s.io/queue-name"
+QUEUE: Final = "tuneline"
+"""KFP takes no parameter in a label: one queue for all pools, whose flavors match by node label.
+Where Kueue is not installed, the label does nothing."""
+_SECRETS: Final[dict[str, dict[str, str]]] = {
+    "tuneline-mlflow": {
+        "username": "MLFLOW_TRACKING_USERNAME",
+        "password": "MLFLOW_TRACKING_PASSWORD",
+    },
+    "tuneline-hub": {"token": "HF_TOKEN"},
+    "tuneline-s3": {
+        "access_key_id": "AWS_ACCESS_KEY_ID",
+        "secret_access_key": "AWS_SECRET_ACCESS_KEY",
+    },
+}
+"""Secret -> its keys and the variables that they become. All of them are optional."""
+_SETTINGS: Final = {
+    "mlflow_tracking_uri": "MLFLOW_TRACKING_URI",
+    "s3_endpoint_url": "AWS_ENDPOINT_URL",
+    "s3_region": "AWS_REGION",
+}
+"""Keys of the config map `tuneline` and the variables that they become."""
+_TRAINING_TASK: Final = "finetune"
 """What the names of the components that train begin with."""
+_POOL_TASK: Final = "resolve-pool"
+
+Pool = Mapping[str, Any]
+"""The outputs of `resolve_pool`."""
 
 
 class Place(Protocol):
-    """Gives a task of a pipeline what it needs."""
+    """Gives a task of a pipeline what it needs.
 
-    def __call__(self, task: PipelineTask) -> None: ...
+    Args:
+        task: of the pipeline.
+        pool: where it runs if it needs an accelerator.
+    """
 
-
-def on_cluster(task: Any) -> None:
-    """Retries, volumes, and the MLflow server of the namespace's config map and secret."""
-    task.set_retry(
-        num_retries=RETRIES,
-        backoff_duration="30s",
-        backoff_factor=2.0,
-        backoff_max_duration=BACKOFF_MAX_DURATION,
-    )
-    kubernetes.use_config_map_as_env(
-        task, "tuneline", {"mlflow_tracking_uri": "MLFLOW_TRACKING_URI"}, optional=True
-    )
-    kubernetes.mount_pvc(task, pvc_name=MODEL_CACHE, mount_path=CACHE_PATH)
-    if task.name.startswith(_TRAINING_TASK):
-        kubernetes.mount_pvc(task, pvc_name=CHECKPOINTS, mount_path=CHECKPOINTS_PATH)
-        task.set_env_variable("TUNELINE_CHECKPOINTS", CHECKPOINTS_PATH)
-    kubernetes.use_secret_as_env(
-        task,
-        "tuneline-mlflow",
-        {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD"},
-        optional=True,
-    )
+    def __call__(self, task: PipelineTask, pool: Pool | None = None) -> None: ...
 
 
-def on_this_machine(task: Any) -> None:
+def on_cluster(shm: str) -> Place:
+    """Placement for a package.
+
+    Args:
+        shm: most of /dev/shm for steps with an accelerator, as `16Gi`.
+    """
+
+    def place(task: Any, pool: Pool | None = None) -> None:
+        # No step uses KFP's cache: a hit would leave the run without this step's record in MLflow.
+        # What need not be done twice is found by its content, wherever it was done.
+        task.set_caching_options(False)
+        task.set_retry(
+            num_retries=RETRIES,
+            backoff_duration="30s",
+            backoff_factor=2.0,
+            backoff_max_duration=BACKOFF_MAX_DURATION,
+        )
+        kubernetes.use_config_map_as_env(task, "tuneline", _SETTINGS, optional=True)
+        for secret, keys in _SECRETS.items():
+            kubernetes.use_secret_as_env(task, secret, keys, optional=True)
+        kubernetes.mount_pvc(task, pvc_name=MODEL_CACHE, mount_path=CACHE_PATH)
+        if task.name.startswith(_TRAINING_TASK):
+            kubernetes.mount_pvc(task, pvc_name=CHECKPOINTS, mount_path=CHECKPOINTS_PATH)
+            task.set_env_variable("TUNELINE_CHECKPOINTS", CHECKPOINTS_PATH)
+        if task.name.startswith(_POOL_TASK):
+            kubernetes.use_config_map_as_volume(task, POOLS, POOLS_PATH, optional=True)
+            task.set_env_variable(POOLS_VARIABLE, f"{POOLS_PATH}/pools.yaml")
+        task.set_env_variable("TUNELINE_IMAGE", TUNELINE)
+        if pool is None:
+            kubernetes.set_timeout(task, TIMEOUT_SECONDS)
+        else:
+            _use(task, pool, shm)
+
+    return place
+
+
+def _use(task: Any, pool: Pool, shm: str) -> None:
+    task.set_accelerator_type(pool["accelerator"]).set_accelerator_limit(pool["count"])
+    task.set_cpu_request(pool["cpu"])
+    task.set_memory_request(pool["memory"]).set_memory_limit(pool["memory"])
+    # In a loop or a condition, what only a resource or a label refers to would not be handed in.
+    task.register_pipeline_channels(list(pool.values()))
+    kubernetes.add_node_selector_json(task, pool["node_selector"])
+    kubernetes.add_toleration_json(task, pool["tolerations"])
+    kubernetes.add_node_affinity_json(task, pool["node_affinity"])
+    kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=shm)
+    kubernetes.add_pod_label(task, QUEUE_LABEL, QUEUE)
+    kubernetes.set_timeout(task, ACCELERATED_TIMEOUT_SECONDS)
+
+
+def on_this_machine(task: Any, pool: Pool | None = None) -> None:
     """A process inherits its environment, and nothing is tried twice."""
-    del task
+    del pool
+    task.set_caching_options(False)

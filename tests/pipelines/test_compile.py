@@ -6,6 +6,8 @@ import pytest
 import yaml
 from kfp.components import load_component_from_file
 
+from tuneline import form
+from tuneline.errors import UsageError
 from tuneline.finetune.methods import METHODS
 from tuneline_pipelines import resources
 from tuneline_pipelines.compile import compile_pipelines
@@ -50,27 +52,101 @@ def test_kfp_parses_the_package(packages: list[Path]) -> None:
     ]
 
 
-def test_no_step_is_cached_and_every_step_is_retried(
-    packages: list[Path],
-) -> None:
-    for package in packages:
+def every_task(spec: dict) -> dict[str, dict]:
+    """Tasks that run a container, by name, wherever they stand."""
+    dags = [spec["root"], *(c for c in spec["components"].values() if "dag" in c)]
+    tasks = {name: task for dag in dags for name, task in dag["dag"]["tasks"].items()}
+    run = {n for n, c in spec["components"].items() if "executorLabel" in c}
+    return {name: task for name, task in tasks.items() if task["componentRef"]["name"] in run}
+
+
+def test_no_step_is_cached_and_every_step_is_retried_and_ends(compiled: list[Path]) -> None:
+    for package in compiled:
         spec, platform = documents(package)
-        tasks = spec["root"]["dag"]["tasks"]
-        assert len(tasks) == 7
-        for name, task in tasks.items():
+        for name, task in every_task(spec).items():
             assert not task.get("cachingOptions", {}).get("enableCache"), name
             assert task["retryPolicy"]["maxRetryCount"] == 3, name
             assert task["retryPolicy"]["backoffMaxDuration"] == "604800s", name
-        executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-        assert len(executors) == 7
+        kubernetes = platform["platforms"]["kubernetes"]
+        executors = kubernetes["deploymentSpec"]["executors"]
+        assert set(executors) == set(spec["deploymentSpec"]["executors"])
+        assert all(int(e["activeDeadlineSeconds"]) >= 86400 for e in executors.values())
+        assert kubernetes["pipelineConfig"] == {
+            "activeDeadlineSeconds": 14 * 86400, "resourceTtlOnCompletion": 30 * 86400,
+        }  # fmt: skip
 
 
-def test_no_model_is_registered_before_it_is_evaluated(packages: list[Path]) -> None:
-    for package in packages:
-        tasks = documents(package)[0]["root"]["dag"]["tasks"]
+def test_no_package_holds_a_secret_and_all_secrets_may_be_absent(compiled: list[Path]) -> None:
+    for package in compiled:
+        _, platform = documents(package)
+        for executor in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
+            secrets = {entry["secretName"]: entry for entry in executor["secretAsEnv"]}
+            assert set(secrets) == {"tuneline-mlflow", "tuneline-hub", "tuneline-s3"}
+            assert all(entry["optional"] for entry in secrets.values())
+        text = package.read_text()
+        assert "MLFLOW_TRACKING_PASSWORD" in text and "value: hf_" not in text
+
+
+def test_no_model_is_registered_before_it_is_evaluated(compiled: list[Path]) -> None:
+    for package in compiled:
+        if package.stem in ("compare", "promote"):
+            continue
+        tasks = every_task(documents(package)[0])
         assert "evaluate" in tasks["register"]["dependentTasks"]
         assert "register" in tasks["promote"]["dependentTasks"]
-        assert "check-recipe" in tasks["prepare-data"]["dependentTasks"]
+        assert "resolve-pool" in tasks["prepare-data"]["dependentTasks"]
+
+
+def test_steps_that_train_and_evaluate_run_in_the_chosen_pool(compiled: list[Path]) -> None:
+    in_pool = {}
+    for package in compiled:
+        spec, platform = documents(package)
+        executors = spec["deploymentSpec"]["executors"]
+        placed = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+        names = {
+            n for n, e in executors.items() if "accelerator" in e["container"].get("resources", {})
+        }
+        in_pool[package.stem] = {name.removeprefix("exec-") for name in names}
+        for name in names:
+            assert (
+                "resolve-pool-count"
+                in executors[name]["container"]["resources"]["accelerator"]["resourceCount"]
+            )
+            labels = placed[name]["podMetadata"]["labels"]
+            assert labels == {"kueue.x-k8s.io/queue-name": "tuneline"}
+            assert placed[name]["emptyDirMounts"][0]["sizeLimit"] == "16Gi"
+        mounted = {
+            name.removeprefix("exec-")
+            for name, e in placed.items()
+            if resources.CHECKPOINTS_PATH in [mount["mountPath"] for mount in e["pvcMount"]]
+        }
+        assert mounted == {name for name in in_pool[package.stem] if name.startswith("finetune")}
+    for method in METHODS:
+        name = method.name.replace("_", "-")
+        assert in_pool[f"finetune-{name}"] == {f"finetune-{name}", "evaluate"}
+    assert in_pool["retrain"] == {"finetune-chosen", "evaluate"}
+    assert in_pool["compare"] == {"finetune-leg", "measure-base"}
+    assert in_pool["promote"] == set()
+
+
+def test_the_run_form_is_short_typed_and_has_defaults_and_choices(compiled: list[Path]) -> None:
+    for package in compiled:
+        inputs = documents(package)[0]["root"]["inputDefinitions"]["parameters"]
+        assert len(inputs) <= form.MOST_PARAMETERS, package.stem
+        assert all("defaultValue" in value for value in inputs.values()), package.stem
+        for value in inputs.values():
+            if "literals" in value:
+                assert (
+                    value["parameterType"] == "STRING"
+                    and value["defaultValue"] in value["literals"]
+                )
+        choices = {name: value["literals"] for name, value in inputs.items() if "literals" in value}
+        if package.stem != "promote":
+            assert choices["gpu_pool"] == ["gpu", "cpu"]
+            assert choices["precision"] == ["auto", "bf16", "fp32"]
+            assert "overrides" in inputs
+        if package.stem == "retrain":
+            assert choices["method"] == [method.name for method in METHODS]
 
 
 def test_the_run_form_shows_the_methods_own_hyperparameters(packages: list[Path]) -> None:
@@ -80,44 +156,28 @@ def test_the_run_form_shows_the_methods_own_hyperparameters(packages: list[Path]
         inputs = spec["root"]["inputDefinitions"]["parameters"]
         defaults = method.config_class().model_dump(mode="json")
         component = spec["components"][f"comp-finetune-{method.name.replace('_', '-')}"]
-        for name, value in defaults.items():
-            if name == "name":
-                continue
-            assert inputs[name].get("defaultValue", value) == value, name
+        for name in [found.name for found in form.shown_of(method)]:
+            assert inputs[name]["defaultValue"] == defaults[name], name
             assert inputs[name]["parameterType"] == types.get(name, inputs[name]["parameterType"])
+        assert inputs["learning_rate"]["defaultValue"] == method.learning_rate
+        for name in defaults.keys() - {"name"}:
             assert name in component["inputDefinitions"]["parameters"]
+            assert name in inputs or name in spec["pipelineInfo"]["description"]
+
+
+def test_a_release_refuses_images_without_a_digest(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"no package is written:\n- finetune-full: exec-.*no digest"
+    ):
+        compile_pipelines(tmp_path, release=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_legs_run_side_by_side_and_are_collected(comparison: tuple[dict, dict]) -> None:
-    spec, platform = comparison
+    spec, _ = comparison
     tasks = spec["root"]["dag"]["tasks"]
-    assert set(tasks) == {"check-compare", "prepare-data", "measure-base", "for-loop-1",
-                          "leaderboard"}  # fmt: skip
+    assert set(tasks) == {"check-compare", "resolve-pool", "prepare-data", "measure-base",
+                          "for-loop-1", "leaderboard"}  # fmt: skip
     loop = tasks["for-loop-1"]
     assert "iteratorPolicy" not in loop  # all at once
-    assert loop["parameterIterator"]["items"]["inputParameter"].endswith("check-compare-Output")
-    inner = spec["components"]["comp-for-loop-1"]["dag"]["tasks"]["finetune-leg"]
-    every = [task for name, task in tasks.items() if name != "for-loop-1"] + [inner]
-    for task in every:
-        assert not task.get("cachingOptions", {}).get("enableCache")
-        assert task["retryPolicy"]["maxRetryCount"] == 3
-        assert task["retryPolicy"]["backoffMaxDuration"] == "604800s"
-    # every parameter that an inner task reads enters the loop
-    entering = spec["components"]["comp-for-loop-1"]["inputDefinitions"]["parameters"]
-    for value in inner["inputs"]["parameters"].values():
-        if "componentInputParameter" in value:
-            assert value["componentInputParameter"] in entering
-    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    mounted = {
-        name: [mount["mountPath"] for mount in entry["pvcMount"]]
-        for name, entry in executors.items()
-    }
-    assert resources.CHECKPOINTS_PATH in mounted["exec-finetune-leg"]
-    assert len(mounted) == 5
-
-
-def test_the_form_of_a_comparison_has_the_recipes_sections(comparison: tuple[dict, dict]) -> None:
-    inputs = comparison[0]["root"]["inputDefinitions"]["parameters"]
-    assert set(inputs) == {"base_model", "data", "methods", "method", "training", "evaluation",
-                           "gate", "compare", "experiment"}  # fmt: skip
-    assert inputs["methods"]["defaultValue"] == ["all"]
+    assert loop["parameterIterator"]["items"]["inputParameter"].endswith("check-compare-legs")

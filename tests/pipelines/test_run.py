@@ -60,7 +60,8 @@ def test_the_summary_tells_what_came_out(summary: dict) -> None:
     assert summary["test_rows"] >= 40
     assert summary["registered_version"] == 1 and summary["alias"] == "champion"
     assert list(summary["steps"]) == [
-        "check_recipe", "prepare_data", "finetune_lora", "evaluate", "merge", "register", "promote",
+        "check_recipe", "resolve_pool", "prepare_data", "finetune_lora", "evaluate", "merge",
+        "register", "promote",
     ]  # fmt: skip
     assert 0 < sum(summary["steps"].values()) < summary["wall_seconds"]
     assert summary["peak_memory_bytes"] > 100_000_000
@@ -135,8 +136,8 @@ def test_the_pipeline_that_only_promotes_runs_the_same_step(summary: dict, tmp_p
         "from kfp import local\n"
         "from tuneline_pipelines import promote\n"
         "local.init(local.SubprocessRunner(use_venv=False), pipeline_root=sys.argv[1])\n"
-        "pipeline = promote.build(lambda task: None)\n"
-        "print(pipeline(registry={'model_name': 'colours'}, version=1).output)",
+        "pipeline = promote.build(lambda task, pool=None: None)\n"
+        "print(pipeline(model_name='colours', version=1).output)",
         str(tmp_path),
         MLFLOW_TRACKING_URI=summary["tracking_uri"],
         PYTHONPATH=os.pathsep.join(sys.path),

@@ -1,6 +1,8 @@
 """KFP components of a comparison: check -> legs -> leaderboard."""
 
-from typing import List  # noqa: UP035  KFP reads the elements' type from this form
+# KFP ships a function alone, so the type of several outputs has to stand in its annotation
+# pyright: reportInvalidTypeForm=false
+from typing import List, NamedTuple  # noqa: UP035  KFP reads the elements' type from this form
 
 from kfp import dsl
 
@@ -10,33 +12,39 @@ from tuneline.images import TUNELINE
 @dsl.component(base_image=TUNELINE, install_kfp_package=False)
 def check_compare(
     run_id: str,
-    experiment: str,
     base_model: str,
-    data: dict,
+    train_data: str,
+    test_data: str,
     methods: list,
-    method: dict,
-    training: dict,
-    evaluation: dict,
-    gate: dict,
-    compare: dict,
-) -> List[dict]:  # noqa: UP006
+    epochs: float,
+    precision: str,
+    overrides: dict,
+    experiment: str,
+) -> NamedTuple(
+    "Resolved",
+    [
+        ("base_model", str),
+        ("data", dict),
+        ("evaluation", dict),
+        ("gate", dict),
+        ("legs", List[dict]),  # noqa: UP006
+    ],
+):
     """Fail with every fault of the recipe and its legs, or return the legs."""
     from tuneline import steps
 
     return steps.guard(
         steps.check_compare,
-        base_model=base_model,
-        sections={
-            "data": data,
-            "method": method,
-            "training": training,
-            "evaluation": evaluation,
-            "gate": gate,
-            "compare": compare,
-            # nothing is registered; the section has to be there
-            "registry": {"model_name": "none", "experiment": experiment},
+        values={
+            "base_model": base_model,
+            "train_data": train_data,
+            "test_data": test_data,
+            "epochs": epochs,
+            "precision": precision,
+            "experiment": experiment,
         },
         methods=methods,
+        overrides=overrides,
         run_id=run_id,
         experiment=experiment,
     )

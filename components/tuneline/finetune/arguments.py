@@ -47,7 +47,7 @@ def training_arguments(
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         activation_checkpointing=training.gradient_checkpointing or method.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
-        bf16=compute_dtype() is torch.bfloat16,
+        bf16=training_dtype(training) is torch.bfloat16,
         torch_compile=training.compile,
         use_liger_kernel=training.kernels == "auto" and has_liger(),
         # the loss is ours
@@ -67,6 +67,23 @@ def training_arguments(
     )
 
 
+def training_dtype(training: TrainingSection) -> torch.dtype:
+    """What the loop computes in.
+
+    Raises:
+        TrainingError: bf16 was asked for, and this machine has no accelerator with it.
+    """
+    if training.precision == "fp32":
+        return torch.float32
+    dtype = compute_dtype()
+    if training.precision == "bf16" and dtype is not torch.bfloat16:
+        raise TrainingError(
+            "training.precision bf16 needs an accelerator that computes in it, and there is none "
+            "here (CPUs lose by it): use auto or fp32, or another gpu_pool"
+        )
+    return dtype
+
+
 def has_liger() -> bool:
     """Whether Liger's Triton kernels are installed and have a device to run on."""
     return torch.cuda.is_available() and is_liger_kernel_available()
@@ -83,7 +100,7 @@ def use_kernels(model: Any, training: TrainingSection) -> Layout:
     """
     flash = (
         training.kernels == "auto"
-        and compute_dtype() is torch.bfloat16
+        and training_dtype(training) is torch.bfloat16
         and is_flash_attn_2_available()
         and getattr(model, "_supports_flash_attn", False)
     )

@@ -32,7 +32,8 @@ def load_base(
         trust_code: run the folder's own Python code, which `base_model.resolve` has checked
             against its pinned digest.
         quantization: load the linear layers in 4 bits.
-        dtype: of the weights; None: fp32 on CPU, the files' own on an accelerator.
+        dtype: of the weights, or of the arithmetic where they are in 4 bits; None: fp32 on CPU, on
+            an accelerator the files' own, or bf16 for arithmetic.
 
     Raises:
         ModelError: configuration or weights can't be loaded.
@@ -45,7 +46,7 @@ def load_base(
     device = torch.device("cuda" if accelerated else "cpu")
     options: dict[str, Any] = {}
     if quantization is not None:
-        dtype = compute_dtype()
+        dtype = dtype or compute_dtype()
         options = {
             "quantization_config": bitsandbytes_config(quantization, dtype),
             "device_map": {"": device},

@@ -8,7 +8,7 @@ import os
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tuneline import artifacts, base_model
 from tuneline.artifacts import Artifact
@@ -143,7 +143,9 @@ def _train(
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     rank, world_size = ranks()
     set_seed(training.seed)
-    model, trainable, all_parameters = attach(base, method, method_config)
+    model, trainable, all_parameters = attach(
+        base, method, method_config, precision=training.precision
+    )
     layout = use_kernels(model, training)
     report(
         f"{method.name}: {trainable:,} trainable of {all_parameters:,} parameters "
@@ -207,9 +209,19 @@ def _train(
 
 
 def attach(
-    base: BaseModel, method: Method, config: MethodSettings
+    base: BaseModel,
+    method: Method,
+    config: MethodSettings,
+    *,
+    precision: Literal["auto", "bf16", "fp32"] = "auto",
 ) -> tuple[PeftModel | PreTrainedModel, int, int]:
     """The base in memory with the method on it.
+
+    Args:
+        base: resolved.
+        method: to attach.
+        config: of the method.
+        precision: of the computation, as in the recipe.
 
     Returns:
         The model, the number of parameters that train, and the number that the base has.
@@ -225,7 +237,7 @@ def attach(
         quantization=config.quantization,
         # a step of 1e-5 of a weight is lost in bf16's 8 bits of mantissa: what trains is fp32, and
         # the arithmetic of an accelerator is bf16 by autocast
-        dtype=torch.float32 if method.stored_as == "model" else None,
+        dtype=torch.float32 if method.stored_as == "model" or precision == "fp32" else None,
     )
     total = parameter_count(loaded)
     model = method.attach(loaded, config)

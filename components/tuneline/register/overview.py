@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from tuneline.recipe import HISTORY_SUFFIX
+from tuneline.recipe import BOOKS
 from tuneline.register import history, tags
 from tuneline.register.champion import CHAMPION, PREVIOUS
 from tuneline.register.history import MOVES, Entry, History
@@ -99,7 +99,7 @@ def models(model_name: str | None = None) -> list[Listed]:
         else:
             registered = _all(client.search_registered_models)
         for model in registered:
-            if model.name.endswith(HISTORY_SUFFIX):
+            if model.name.endswith(BOOKS):
                 continue
             query = f"name = '{model.name}'"
             versions = _all(client.search_model_versions, query)

@@ -38,6 +38,7 @@ def register(
     *,
     step_name: str = "register",
     require_approval: bool = False,
+    retrain_key: str = "",
 ) -> int:
     """Register once per pipeline run, step and content, however often the step is retried.
 
@@ -49,6 +50,7 @@ def register(
         step: the tracked step whose run becomes the version's source, if there is one.
         step_name: of the step in its pipeline.
         require_approval: whether promotion has to wait for `tuneline approve`.
+        retrain_key: content key of a retraining: one version for it, whichever run registers it.
 
     Returns:
         The version's number.
@@ -74,6 +76,8 @@ def register(
     }
     if require_approval:
         described[tags.APPROVAL] = "waits for `tuneline approve`"
+    if retrain_key:
+        described[tags.RETRAIN_KEY] = retrain_key
     client = open_client()
     with mlflow_errors(f"registering {model_name}"):
         number = _existing(client, model_name, described)
@@ -88,17 +92,18 @@ def register(
             number = _version(client, logged, model_name, described, step)
             report(f"registered {model_name} version {number}")
         else:
-            report(f"{model_name} version {number} is already this run's: nothing to register")
+            report(f"{model_name} version {number} is already of this work: nothing to register")
         _log_lineage(evaluation, step)
         _set_challenger(client, model_name, number)
     return number
 
 
 def _existing(client: MlflowClient, model_name: str, described: dict[str, str]) -> int | None:
+    key = (tags.RETRAIN_KEY,) if tags.RETRAIN_KEY in described else _KEY
     same = [
         int(found.version)
         for found in client.search_model_versions(f"name = '{model_name}'")
-        if all(found.tags.get(key) == described[key] for key in _KEY)
+        if all(found.tags.get(name) == described[name] for name in key)
     ]
     return min(same, default=None)
 

@@ -120,4 +120,5 @@ METHOD = Method(
     attach=attach,
     load=load,
     loader="peft with tuneline",
+    form=("bottleneck_dim", "reduction_factor", "non_linearity", "dropout"),
 )

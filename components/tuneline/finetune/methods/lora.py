@@ -350,4 +350,5 @@ METHOD = Method(
     open_merge=open_merge,
     save=save,
     create_optimizer=create_optimizer,
+    form=("rank", "alpha", "dropout", "target_modules"),
 )

@@ -305,6 +305,8 @@ class Method:
     """Several can be loaded on one base and switched."""
     loader: Literal["transformers", "peft", "peft with tuneline"] = "peft"
     """What a process must have installed to load the unmerged result."""
+    form: tuple[str, ...] | None = None
+    """Hyperparameters that the run form shows; the others are set by `overrides`. None: all."""
 
     @property
     def mergeable(self) -> bool:

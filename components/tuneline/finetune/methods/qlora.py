@@ -89,4 +89,5 @@ METHOD = Method(
     create_optimizer=create_optimizer,
     open_merge=open_merge,
     gradient_checkpointing=True,
+    form=("rank", "alpha", "dropout", "target_modules"),
 )
