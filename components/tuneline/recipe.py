@@ -239,8 +239,20 @@ class EvaluationSection(Settings):
     forgetting_sets: dict[str, str] = Field(default_factory=dict)
     """Name -> local file of texts that the model must not forget: paragraphs of `.txt`, or JSON
     lines with `text`."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-eval (the extra `lm-eval`): names of its own tasks and groups, or local `.yaml`
+    files, which go by their file name without the suffix."""
+    task_limit: int | None = Field(default=None, ge=1)
+    """At most this many documents of each task, the first ones; unset: all."""
+    task_batch_size: int = Field(default=8, ge=1)
+    """Documents at once. The scores of the whole vocabulary are held for each of their tokens."""
+    task_chat_template: bool = False
+    """Put a task's prompts into the tokenizer's chat template; published results mostly do not."""
+    task_code: bool = False
+    """Let local task files name Python functions (`!function`, `class`), and run tasks that run
+    what a model wrote (`unsafe_code`)."""
 
-    @field_validator("metrics", "slices", mode="before")
+    @field_validator("metrics", "slices", "tasks", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -252,6 +264,28 @@ class EvaluationSection(Settings):
             if fault := unknown_metric(name):
                 raise ValueError(fault)
         return tuple(dict.fromkeys(value))
+
+    @field_validator("tasks")
+    @classmethod
+    def _have_names_of_their_own(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        labels = [task_label(task) for task in value]
+        if "" in labels:
+            raise ValueError("a task is the name of one of lm-eval's, or a .yaml file")
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(
+                f"two tasks go by the name {', '.join(twice)}: each needs one of its own"
+            )
+        return value
+
+
+def task_label(task: str) -> str:
+    """What a task goes by: its name, or its file's without the suffix."""
+    return Path(task).stem if is_task_file(task) else task
+
+
+def is_task_file(task: str) -> bool:
+    """Whether an entry of evaluation.tasks is a file; else it names a task of lm-eval's own."""
+    return task.endswith((".yaml", ".yml"))
 
 
 class GateSection(Settings):
@@ -275,6 +309,9 @@ class GateSection(Settings):
     max_forgetting: float | None = Field(default=None, ge=0)
     """Most that the upper bound of the change of loss on each set of general text may be, in nats
     per token; unset: it is measured and not judged."""
+    max_task_drop: dict[str, float] = Field(default_factory=dict)
+    """`task` or `task:metric` -> most that the tuned model may lose against the base there, in the
+    metric's unit, by the far end of the interval; without a metric the task's first one."""
     refused: Literal["register", "skip"] = "register"
     """What becomes of a refused model: registered without an alias, or not registered."""
 
@@ -283,6 +320,14 @@ class GateSection(Settings):
     def _is_known(cls, value: str) -> str:
         if fault := unknown_metric(value):
             raise ValueError(fault)
+        return value
+
+    @field_validator("max_task_drop")
+    @classmethod
+    def _are_drops(cls, value: dict[str, float]) -> dict[str, float]:
+        for place, drop in value.items():
+            if drop < 0:
+                raise ValueError(f"{place}: a drop is at least 0")
         return value
 
 
@@ -496,6 +541,13 @@ def check_gate(gate: GateSection, evaluation: EvaluationSection, *, source: str)
             "gate.max_forgetting: nothing measures forgetting: set evaluation.general_text or "
             "evaluation.forgetting_sets"
         )
+    labels = [task_label(task) for task in evaluation.tasks]
+    for place in gate.max_task_drop:
+        if (task := place.partition(":")[0]) not in labels:
+            faults.append(
+                f"gate.max_task_drop: {task} is not among evaluation.tasks "
+                f"({', '.join(labels) or 'none'}): add it there"
+            )
     if faults:
         raise RecipeError(source, faults)
 

@@ -59,7 +59,7 @@ def generate_answers(
     encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     lengths = [len(ids) for ids in encoded]
     context = getattr(model.config, "max_position_embeddings", None)
-    virtual = _virtual_tokens(model)
+    virtual = virtual_tokens(model)
     if context is not None:
         context -= virtual
     if context is not None and max(lengths, default=0) >= context:
@@ -108,7 +108,7 @@ def generate_answers(
     return [answer for answer in answers if answer is not None]
 
 
-def _virtual_tokens(model: Any) -> int:
+def virtual_tokens(model: Any) -> int:
     """How many vectors the active adapter puts in front of the input."""
     config = getattr(model, "active_peft_config", None)
     return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
