@@ -143,10 +143,12 @@ def _resolved(checked: recipe.Recipe, step: Step) -> dict[str, Any]:
 
 
 def _check_evaluation(evaluation: recipe.EvaluationSection) -> None:
-    """Refuse tasks that the evaluation would miss after hours of training."""
+    """Refuse tasks and an engine that the evaluation would miss after hours of training."""
     from tuneline.evaluate.task_files import faults_of_tasks
+    from tuneline.evaluate.vllm_answers import faults_of_engine
 
-    if faults := faults_of_tasks(evaluation):
+    faults = faults_of_tasks(evaluation) + faults_of_engine(evaluation.engine)
+    if faults:
         raise RecipeError("evaluation", faults)
 
 

@@ -18,6 +18,7 @@ from tuneline.evaluate.evaluate import measure_base
 from tuneline.evaluate.gate import decide
 from tuneline.evaluate.task_files import check_tasks, read_task_file
 from tuneline.evaluate.tasks import LoadedTask, TaskResult, compare_tasks, load_tasks, run_tasks
+from tuneline.evaluate.vllm_answers import check_engine, hindrance
 from tuneline.recipe import EvaluationSection, GateSection, check, check_gate
 
 COLOURS = ["red", "blue", "green", "white"]
@@ -497,3 +498,48 @@ def test_a_drop_is_judged_by_the_far_end_of_its_interval(
     verdict = decide(result, GateSection(max_task_drop={place: most}))
     last = verdict["checks"][-1]
     assert last["passed"] is verdict["passed"] is passed and sentence in last["sentence"]
+
+
+def test_vllm_is_refused_where_it_is_not_and_never_chosen_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert EvaluationSection().engine == "transformers"
+    check_engine("transformers")
+    with pytest.raises(RecipeError, match="vllm is not installed here"):
+        check_engine("vllm")
+    monkeypatch.setattr("tuneline.evaluate.vllm_answers.find_spec", lambda name: object())
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(RecipeError, match="vllm needs an accelerator"):
+        check_engine("vllm")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, ""),
+        ({"peft_type": "IA3"}, "no adapters of type IA3"),
+        ({"use_dora": True}, "no LoRA with use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "no LoRA with modules_to_save"),
+        ({"bias": "all"}, "no LoRA with biases"),
+        ({"r": 600}, "rank 600 is above 512"),
+    ],
+)
+def test_vllm_answers_for_plain_lora_only(
+    line: Line, tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    from tuneline import base_model
+
+    base = base_model.resolve(line.base)
+    made = artifacts.load(Path(line.adapter), "adapter")
+    config = json.loads((made.path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | changes))
+    (tmp_path / "base").mkdir()
+    of_base = json.loads((base.path / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(of_base | {"dtype": "bfloat16"}))
+    half = replace(base, path=tmp_path / "base")
+    adapter = replace(made, path=tmp_path)
+    assert reason in hindrance(half, adapter, None, measured_before=False)
+    assert bool(reason) == bool(hindrance(half, adapter, None, measured_before=False))
+    assert hindrance(half, adapter, None, measured_before=True)
+    assert hindrance(half, None, None, measured_before=False)
+    assert "16 bits only" in hindrance(base, made, None, measured_before=False)

@@ -34,6 +34,7 @@ from tuneline.evaluate.tasks import (
     load_tasks,
     tell,
 )
+from tuneline.evaluate.vllm_answers import check_engine, served_by_vllm
 from tuneline.progress import report
 from tuneline.recipe import EvaluationSection, GateSection
 from tuneline.tracking import Step
@@ -76,7 +77,7 @@ def evaluate(
         ArtifactError: adapter, data set, base and the base's scores don't belong together.
         DataError: a metric, slice, text set or task that does not fit.
         ModelError: a model's losses are not finite.
-        RecipeError: a task that is not there.
+        RecipeError: a task or an engine that is not there.
         RegistryError: the champion can't be fetched.
     """
     adapter = artifacts.load(adapter_dir, "adapter")
@@ -140,7 +141,7 @@ def measure_base(
         ArtifactError: the data set was prepared for another model.
         DataError: a metric, text set or task that does not fit.
         ModelError: the model's losses are not finite.
-        RecipeError: a task that is not there.
+        RecipeError: a task or an engine that is not there.
     """
     dataset = artifacts.load(dataset_dir, "prepared_dataset")
     base = base_model.resolve(model_reference)
@@ -259,6 +260,7 @@ class _Evaluation:
         from tuneline.finetune.load import load_base, load_tuned, stands_on_base
 
         base, settings = self._base, self._settings
+        check_engine(settings.engine)
         tokenizer = load_tokenizer(str(base.path), trust_code=base.trusts_code)
         limit = settings.max_new_tokens or longest_answer(tokenizer, self.rows)
         # a second one: the rows' tokenizer no longer adds what plain text starts with
@@ -269,6 +271,8 @@ class _Evaluation:
             general=settings.general_text,
             max_rows=settings.max_rows,
         )
+
+        generated = self._generated(tokenizer, limit)
 
         def take(name: str, model: Any) -> None:
             self.measured[name] = measure(
@@ -283,6 +287,7 @@ class _Evaluation:
                 limit,
                 self._tasks,
                 plain,
+                generated.get(name),
             )
 
         adapter = self._adapter
@@ -302,6 +307,21 @@ class _Evaluation:
         self.champion_note = why_not_comparable(own, tokenizer)
         if not self.champion_note:
             take(CHAMPION, champion.load(trust_code=base.trusts_code))
+
+    def _generated(self, tokenizer: Any, limit: int) -> dict[str, list[Generated]]:
+        """Answers of all models by vLLM, before any is loaded for the rest; of none where it can't
+        serve one: their differences would be those of two engines."""
+        if self._settings.engine != "vllm" or not any(m.kind == "answer" for m in self._metrics):
+            return {}
+        return served_by_vllm(
+            self._base,
+            self._adapter,
+            self._champion.artifact if self._champion else None,
+            tokenizer,
+            [row.prompt for row in self.rows if row.prompt is not None],
+            max_new_tokens=limit,
+            measured_before=BASE in self.measured,
+        )
 
     def of_tasks(self) -> dict[str, dict[str, TaskResult]]:
         """Model -> task -> result."""

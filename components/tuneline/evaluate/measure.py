@@ -49,6 +49,7 @@ def measure(
     max_new_tokens: int,
     tasks: Sequence[LoadedTask] = (),
     task_tokenizer: Any = None,
+    generated: Sequence[Generated] | None = None,
 ) -> Measured:
     """Measure one model; answers are generated only where a metric needs them.
 
@@ -64,6 +65,7 @@ def measure(
         max_new_tokens: longest answer.
         tasks: of lm-eval.
         task_tokenizer: for them; one that adds what plain text starts with.
+        generated: answers to all prompts, in order, where another engine gave them.
 
     Raises:
         ModelError: a likelihood is not finite.
@@ -92,7 +94,7 @@ def measure(
     }
     answers = None
     if any(metric.kind == "answer" for metric in metrics):
-        answers = _answers(name, model, tokenizer, rows, evaluation, max_new_tokens)
+        answers = _answers(name, model, tokenizer, rows, evaluation, max_new_tokens, generated)
         scores |= score_answers(metrics, rows, [a.text if a else None for a in answers])
     of_tasks = run_tasks(name, model, task_tokenizer, tasks, evaluation, _pace)
     return Measured(scores, answers, general, of_tasks)
@@ -105,17 +107,19 @@ def _answers(
     rows: Sequence[EvalRow],
     evaluation: EvaluationSection,
     max_new_tokens: int,
+    generated: Sequence[Generated] | None,
 ) -> list[Generated | None]:
     asked = {position: row.prompt for position, row in enumerate(rows) if row.prompt is not None}
-    generated = generate_answers(
-        model,
-        tokenizer,
-        list(asked.values()),
-        batch_size=evaluation.batch_size,
-        batch_tokens=evaluation.batch_tokens,
-        max_new_tokens=max_new_tokens,
-        on_batch=_pace(f"{name}:", "answers"),
-    )
+    if generated is None:
+        generated = generate_answers(
+            model,
+            tokenizer,
+            list(asked.values()),
+            batch_size=evaluation.batch_size,
+            batch_tokens=evaluation.batch_tokens,
+            max_new_tokens=max_new_tokens,
+            on_batch=_pace(f"{name}:", "answers"),
+        )
     answers: list[Generated | None] = [None] * len(rows)
     for position, answer in zip(asked, generated, strict=True):
         answers[position] = answer
