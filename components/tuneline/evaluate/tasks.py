@@ -83,7 +83,7 @@ def load_tasks(evaluation: EvaluationSection) -> list[LoadedTask]:
         from lm_eval.tasks import TaskManager
 
         wanted = [task if is_task_file(task) else of_lm_eval(task) for task in evaluation.tasks]
-        # groups alone need lm-eval's index of all its tasks, which takes it half a minute
+        # groups alone need lm-eval's index of all its tasks, which took it 20 s to build
         manager = TaskManager(include_defaults=not all(map(is_task_file, wanted)))
         if not evaluation.task_code:
             _sandbox_templates()
