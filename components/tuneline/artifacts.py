@@ -11,7 +11,8 @@ Layouts (paths inside the folder):
                        contract.json, contract.html
     adapter            adapter_config.json, adapter_model.safetensors (plain PEFT), history.jsonl
     base_scores        measured.json
-    eval_report        scores.jsonl, report.json, report.html
+    eval_report        scores.jsonl, task_scores.jsonl where there are tasks, report.json,
+                       report.html
     leaderboard        leaderboard.json, leaderboard.html
     merged_model       config.json, *.safetensors, tokenizer files (plain transformers), proof.json
     packaged_model     the adapter's files, tokenizer files, loader.json, README.md

@@ -23,7 +23,14 @@ from safetensors import SafetensorError
 
 from tuneline import form, pools, recipe
 from tuneline.base_model import cache_dir
-from tuneline.errors import EXIT_FAILED, EXIT_TERMINATED, RegistryError, Terminated, TunelineError
+from tuneline.errors import (
+    EXIT_FAILED,
+    EXIT_TERMINATED,
+    RecipeError,
+    RegistryError,
+    Terminated,
+    TunelineError,
+)
 from tuneline.progress import complain, peak_memory_bytes, ranks, record, report
 from tuneline.termination import raise_on_sigterm
 from tuneline.tracking import Step, TrackedStep, finish_run, mlflow_errors, tracked
@@ -67,6 +74,7 @@ def quiet_libraries() -> None:
     # unless the user wants them
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -128,9 +136,20 @@ def check_recipe(
 
 
 def _resolved(checked: recipe.Recipe, step: Step) -> dict[str, Any]:
+    _check_evaluation(checked.evaluation)
     values = checked.model_dump(mode="json", exclude_none=True)  # KFP has no null in a dict
     step.log_params({section: values[section] for section in recipe.SECTIONS})
     return values
+
+
+def _check_evaluation(evaluation: recipe.EvaluationSection) -> None:
+    """Refuse tasks and an engine that the evaluation would miss after hours of training."""
+    from tuneline.evaluate.task_files import faults_of_tasks
+    from tuneline.evaluate.vllm_answers import faults_of_engine
+
+    faults = faults_of_tasks(evaluation) + faults_of_engine(evaluation.engine)
+    if faults:
+        raise RecipeError("evaluation", faults)
 
 
 def resolve_pool(gpu_pool: str, run_id: str, experiment: str) -> tuple[Any, ...]:

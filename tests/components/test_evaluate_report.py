@@ -52,12 +52,22 @@ def result(rows: int = 120, text: str = EVIL, values: int = 3, champion: bool = 
         for n in range(values)
     ]
     nlls = {model: [200.0 + share * i for i in range(50)] for model, share in models.items()}
+    block = compare(scores, tokens, metrics[:1], range(rows))["exact_match"]
+    task = {
+        "digest": "sha256:4",
+        "lm_eval": "0.4.13",
+        "documents": rows,
+        "of_documents": rows + 1,
+        "cut": dict.fromkeys(models, 1),
+        "metrics": {text: block | {m: block[m] | {"stderr": 0.01} for m in models}},
+    }
     found: dict[str, Any] = {
         "metric": "exact_match",
         "test_rows": rows,
         "metrics": compare(scores, tokens, metrics, range(rows)),
         "slices": {text: parts},
         "forgetting": {text: {"digest": "sha256:2", **compare_texts(nlls, [90] * 50)}},
+        "tasks": {f"{text} {n}": task for n in range(values)},
         "answers": {model: {"count": rows, "cut": 2, "empty": 1} for model in models},
         "champion": {"version": 4, "compared": True, "reason": "", "digest": "sha256:3"}
         if champion
@@ -115,6 +125,7 @@ def test_the_page_stays_small_whatever_the_data() -> None:
     found = result(rows=3000, text="long " * 20_000, values=100)
     assert 20_000 < len(page(found).encode()) < 1_000_000
     assert "more slices are in report.json" in page(found)
+    assert "20 more rows are in report.json" in page(found)
 
 
 def test_the_page_shows_a_refusal_with_every_condition() -> None:

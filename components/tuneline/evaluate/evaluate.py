@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -25,15 +26,26 @@ from tuneline.evaluate.measure import Measured, longest_answer, measure, score_a
 from tuneline.evaluate.metrics import Metric, metric_named
 from tuneline.evaluate.report import render_report
 from tuneline.evaluate.rows import EvalRow, digest_of_rows, read_test_rows, slices_of
+from tuneline.evaluate.tasks import (
+    LoadedTask,
+    TaskResult,
+    compare_tasks,
+    document_scores,
+    load_tasks,
+    tell,
+)
+from tuneline.evaluate.vllm_answers import check_engine, served_by_vllm
 from tuneline.progress import report
 from tuneline.recipe import EvaluationSection, GateSection
 from tuneline.tracking import Step
 
 SCORES: Final = "scores.jsonl"
+TASK_SCORES: Final = "task_scores.jsonl"
 REPORT: Final = "report.json"
 HTML: Final = "report.html"
 _MEASURED: Final = "measured.json"
 _SAMPLES: Final = 3
+_NOT_IN_A_KEY: Final = re.compile(r"[^\w./ -]")  # of MLflow's
 
 
 def evaluate(
@@ -63,8 +75,9 @@ def evaluate(
 
     Raises:
         ArtifactError: adapter, data set, base and the base's scores don't belong together.
-        DataError: a metric, slice or text set that does not fit the rows.
+        DataError: a metric, slice, text set or task that does not fit.
         ModelError: a model's losses are not finite.
+        RecipeError: a task or an engine that is not there.
         RegistryError: the champion can't be fetched.
     """
     adapter = artifacts.load(adapter_dir, "adapter")
@@ -76,16 +89,19 @@ def evaluate(
     # what can be wrong with the settings shows before a model is loaded
     _check_applies(metrics, rows, gate.metric)
     slices = slices_of(rows, evaluation.slices)
+    tasks = load_tasks(evaluation)
     with artifacts.writing(output) as aside, ExitStack() as stack:
         champion = None
         if champion_of and gate.champion != "ignore":
             champion = stack.enter_context(current_champion(champion_of))
-        found = _Evaluation(base, adapter, champion, rows, metrics, evaluation)
+        found = _Evaluation(base, adapter, champion, rows, metrics, tasks, evaluation)
         if base_scores_dir is not None:
             found.measured[BASE] = _read_base_scores(base_scores_dir, base, dataset, evaluation)
         found.run()
         result = found.result(slices, gate)
-        _write_scores(aside / SCORES, found)
+        _write_lines(aside / SCORES, map(found.row, range(len(rows))))
+        if tasks:
+            _write_lines(aside / TASK_SCORES, document_scores(found.of_tasks(), tasks))
         text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False)
         (aside / REPORT).write_text(text + "\n", encoding="utf-8")
         html = render_report(
@@ -123,16 +139,18 @@ def measure_base(
 
     Raises:
         ArtifactError: the data set was prepared for another model.
-        DataError: a metric or text set that does not fit the rows.
+        DataError: a metric, text set or task that does not fit.
         ModelError: the model's losses are not finite.
+        RecipeError: a task or an engine that is not there.
     """
     dataset = artifacts.load(dataset_dir, "prepared_dataset")
     base = base_model.resolve(model_reference)
     _check_prepared_for(dataset, base)
     metrics = [metric_named(name) for name in evaluation.metrics]
     rows = read_test_rows(dataset, evaluation.max_rows)
+    tasks = load_tasks(evaluation)
     with artifacts.writing(output) as aside:
-        found = _Evaluation(base, None, None, rows, metrics, evaluation)
+        found = _Evaluation(base, None, None, rows, metrics, tasks, evaluation)
         found.run()
         text = json.dumps(asdict(found.measured[BASE]), ensure_ascii=False, allow_nan=False)
         (aside / _MEASURED).write_text(text + "\n", encoding="utf-8")
@@ -176,6 +194,7 @@ def _read_base_scores(
         scores=values["scores"],
         answers=answers and [answer and Generated(**answer) for answer in answers],
         general=values["general"],
+        tasks={label: TaskResult(**result) for label, result in values["tasks"].items()},
     )
 
 
@@ -219,6 +238,7 @@ class _Evaluation:
         champion: Champion | None,
         rows: Sequence[EvalRow],
         metrics: Sequence[Metric],
+        tasks: Sequence[LoadedTask],
         evaluation: EvaluationSection,
     ) -> None:
         self.rows = rows
@@ -226,7 +246,7 @@ class _Evaluation:
         self.measured: dict[str, Measured] = {}
         self.champion_note = ""
         self._base, self._adapter, self._champion = base, adapter, champion
-        self._metrics, self._settings = metrics, evaluation
+        self._metrics, self._tasks, self._settings = metrics, tasks, evaluation
         self._text_sets: list[TextSet] = []
 
     def run(self) -> None:
@@ -240,15 +260,19 @@ class _Evaluation:
         from tuneline.finetune.load import load_base, load_tuned, stands_on_base
 
         base, settings = self._base, self._settings
+        check_engine(settings.engine)
         tokenizer = load_tokenizer(str(base.path), trust_code=base.trusts_code)
         limit = settings.max_new_tokens or longest_answer(tokenizer, self.rows)
+        # a second one: the rows' tokenizer no longer adds what plain text starts with
+        plain = AutoTokenizer.from_pretrained(base.path, trust_remote_code=base.trusts_code)
         self._text_sets = read_text_sets(
-            # a second one: the rows' tokenizer no longer adds what plain text starts with
-            AutoTokenizer.from_pretrained(base.path, trust_remote_code=base.trusts_code),
+            plain,
             settings.forgetting_sets,
             general=settings.general_text,
             max_rows=settings.max_rows,
         )
+
+        generated = self._generated(tokenizer, limit)
 
         def take(name: str, model: Any) -> None:
             self.measured[name] = measure(
@@ -261,6 +285,9 @@ class _Evaluation:
                 self._metrics,
                 settings,
                 limit,
+                self._tasks,
+                plain,
+                generated.get(name),
             )
 
         adapter = self._adapter
@@ -280,6 +307,25 @@ class _Evaluation:
         self.champion_note = why_not_comparable(own, tokenizer)
         if not self.champion_note:
             take(CHAMPION, champion.load(trust_code=base.trusts_code))
+
+    def _generated(self, tokenizer: Any, limit: int) -> dict[str, list[Generated]]:
+        """Answers of all models by vLLM, before any is loaded for the rest; of none where it can't
+        serve one: their differences would be those of two engines."""
+        if self._settings.engine != "vllm" or not any(m.kind == "answer" for m in self._metrics):
+            return {}
+        return served_by_vllm(
+            self._base,
+            self._adapter,
+            self._champion.artifact if self._champion else None,
+            tokenizer,
+            [row.prompt for row in self.rows if row.prompt is not None],
+            max_new_tokens=limit,
+            measured_before=BASE in self.measured,
+        )
+
+    def of_tasks(self) -> dict[str, dict[str, TaskResult]]:
+        """Model -> task -> result."""
+        return {name: measured.tasks for name, measured in self.measured.items()}
 
     def result(
         self, slices: Mapping[str, Mapping[str, Sequence[int]]], gate: GateSection
@@ -325,6 +371,7 @@ class _Evaluation:
                 if measured.answers is not None
             },
             "champion": self._of_champion(blocks[gate.metric]),
+            "tasks": compare_tasks(self.of_tasks(), self._tasks),
         }
         result["verdict"] = decide(result, gate)
         result["eval_set_digest"] = digest_of_rows(self.rows)
@@ -377,10 +424,10 @@ class _Evaluation:
         }
 
 
-def _write_scores(path: Path, found: _Evaluation) -> None:
+def _write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     with path.open("w", encoding="utf-8") as file:
-        for position in range(len(found.rows)):
-            file.write(json.dumps(found.row(position), ensure_ascii=False, allow_nan=False) + "\n")
+        for value in values:
+            file.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -430,6 +477,12 @@ def _figures(result: Mapping[str, Any]) -> dict[str, float]:
     figures["difference_low"] = result["difference_interval"][0]
     for name, found in result["forgetting"].items():
         figures[f"forgetting_{name.replace(' ', '_')}"] = found[TUNED]["change"]
+    for label, found in result["tasks"].items():
+        for metric, block in found["metrics"].items():
+            for model in (BASE, TUNED, CHAMPION):
+                if model in block and block[model]["score"] is not None:
+                    name = _NOT_IN_A_KEY.sub("_", f"{model}_task_{label}_{metric}")
+                    figures[name] = block[model]["score"]
     return figures
 
 
@@ -445,6 +498,7 @@ def _tell(result: Mapping[str, Any]) -> None:
     report(line)
     for name, found in result["forgetting"].items():
         report(f"{name}: loss {found[BASE]['score']:.3f}, tuned {found[TUNED]['change']:+.3f}")
+    tell(result["tasks"])
     cut = result["answers"].get(TUNED, {}).get("cut", 0)
     if cut:
         report(f"warning: {cut} answers of the tuned model did not end and were cut")

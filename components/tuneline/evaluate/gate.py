@@ -16,7 +16,7 @@ def decide(result: Mapping[str, Any], gate: GateSection) -> dict[str, Any]:
     """Check each condition; what could not be measured is refused, not passed over.
 
     Args:
-        result: the report so far: `metrics`, `slices`, `forgetting`, `champion`.
+        result: the report so far: `metrics`, `slices`, `forgetting`, `champion`, `tasks`.
         gate: the conditions.
 
     Returns:
@@ -41,6 +41,7 @@ def decide(result: Mapping[str, Any], gate: GateSection) -> dict[str, Any]:
     checks += _floors(result, gate)
     if gate.max_forgetting is not None:
         checks += _forgetting(result["forgetting"], gate.max_forgetting)
+    checks += [_drop(result["tasks"], place, most) for place, most in gate.max_task_drop.items()]
     reasons = [check["sentence"] for check in checks if not check["passed"]]
     return {
         "passed": not reasons,
@@ -165,6 +166,34 @@ def _forgetting(sets: Mapping[str, Any], budget: float) -> list[dict[str, Any]]:
             )
         )
     return checks
+
+
+def _drop(tasks: Mapping[str, Any], place: str, most: float) -> dict[str, Any]:
+    task, _, metric = place.partition(":")
+    blocks: Mapping[str, Any] = tasks[task]["metrics"] if task in tasks else {}
+    metric = metric or next(iter(blocks), "")
+    name = f"max_task_drop.{place}"
+    if metric not in blocks:
+        known = f"it has {', '.join(blocks)}" if blocks else "it was not measured"
+        sentence = f"task {task} has no metric {metric}, so it can't be checked: {known}"
+        return _check(name, False, None, most, sentence, sentence)
+    low = blocks[metric][f"over_{BASE}"]["gain_interval"][0]
+    if low is None:
+        sentence = (
+            f"task {task}: {metric} has no score a document, so no interval, and can't be checked: "
+            "name another metric in gate.max_task_drop"
+        )
+        return _check(name, False, None, most, sentence, sentence)
+    drop = max(0.0, -low)
+    end = f"task {task} lost up to {drop:.3f} in {metric} (95 % interval)"
+    return _check(
+        name,
+        drop <= most + _ROUNDING,
+        drop,
+        most,
+        f"{end}, within gate.max_task_drop {most:g}",
+        f"{end}, more than gate.max_task_drop {most:g}",
+    )
 
 
 def _text(value: float | None) -> str:

@@ -59,15 +59,11 @@ def generate_answers(
     encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     lengths = [len(ids) for ids in encoded]
     context = getattr(model.config, "max_position_embeddings", None)
-    virtual = _virtual_tokens(model)
+    virtual = virtual_tokens(model)
     if context is not None:
         context -= virtual
-    if context is not None and max(lengths, default=0) >= context:
-        raise DataError(
-            f"a prompt of {max(lengths)} tokens leaves no room for an answer in the model's "
-            f"context of {context}: lower data.max_seq_len"
-        )
-    ends = _end_tokens(model, tokenizer)
+    check_room(lengths, context)
+    ends = end_tokens(model.generation_config, tokenizer)
     pad: Any = tokenizer.pad_token_id
     if pad is None:
         pad = tokenizer.eos_token_id
@@ -108,7 +104,7 @@ def generate_answers(
     return [answer for answer in answers if answer is not None]
 
 
-def _virtual_tokens(model: Any) -> int:
+def virtual_tokens(model: Any) -> int:
     """How many vectors the active adapter puts in front of the input."""
     config = getattr(model, "active_peft_config", None)
     return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
@@ -143,7 +139,21 @@ def batches_by_tokens(
         yield batch
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    configured = model.generation_config.eos_token_id
+def check_room(lengths: Sequence[int], context: int | None) -> None:
+    """Refuse prompts that fill the context, or more.
+
+    Raises:
+        DataError: names the longest.
+    """
+    if context is not None and max(lengths, default=0) >= context:
+        raise DataError(
+            f"a prompt of {max(lengths)} tokens leaves no room for an answer in the model's "
+            f"context of {context}: lower data.max_seq_len"
+        )
+
+
+def end_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
+    """Ids that an answer ends at: the model's own and the tokenizer's."""
+    configured = generation_config.eos_token_id
     ends = configured if isinstance(configured, list) else [configured]
     return sorted({*(e for e in ends if e is not None), tokenizer.eos_token_id})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from tuneline.evaluate.forgetting import TextSet
@@ -13,6 +13,7 @@ from tuneline.evaluate.generate import Generated, generate_answers
 from tuneline.evaluate.likelihood import negative_log_likelihoods
 from tuneline.evaluate.metrics import Answer, Metric, score_row
 from tuneline.evaluate.rows import EvalRow
+from tuneline.evaluate.tasks import LoadedTask, TaskResult, run_tasks
 from tuneline.progress import minutes, tick
 from tuneline.recipe import EvaluationSection
 
@@ -32,6 +33,8 @@ class Measured:
     """None if no metric needed any."""
     general: dict[str, list[float]]
     """Text set -> negative log-likelihood a text, in nats."""
+    tasks: dict[str, TaskResult] = field(default_factory=dict)
+    """Task of lm-eval -> what it found."""
 
 
 def measure(
@@ -44,6 +47,9 @@ def measure(
     metrics: Sequence[Metric],
     evaluation: EvaluationSection,
     max_new_tokens: int,
+    tasks: Sequence[LoadedTask] = (),
+    task_tokenizer: Any = None,
+    generated: Sequence[Generated] | None = None,
 ) -> Measured:
     """Measure one model; answers are generated only where a metric needs them.
 
@@ -57,10 +63,13 @@ def measure(
         metrics: to score with.
         evaluation: batch size and the like.
         max_new_tokens: longest answer.
+        tasks: of lm-eval.
+        task_tokenizer: for them; one that adds what plain text starts with.
+        generated: answers to all prompts, in order, where another engine gave them.
 
     Raises:
         ModelError: a likelihood is not finite.
-        DataError: a package's metric failed, or a prompt is too long.
+        DataError: a package's metric or a task failed, or a prompt is too long.
     """
     scores: dict[str, list[float | None]] = {}
     if any(metric.kind == "tokens" for metric in metrics):
@@ -85,9 +94,10 @@ def measure(
     }
     answers = None
     if any(metric.kind == "answer" for metric in metrics):
-        answers = _answers(name, model, tokenizer, rows, evaluation, max_new_tokens)
+        answers = _answers(name, model, tokenizer, rows, evaluation, max_new_tokens, generated)
         scores |= score_answers(metrics, rows, [a.text if a else None for a in answers])
-    return Measured(scores, answers, general)
+    of_tasks = run_tasks(name, model, task_tokenizer, tasks, evaluation, _pace)
+    return Measured(scores, answers, general, of_tasks)
 
 
 def _answers(
@@ -97,17 +107,19 @@ def _answers(
     rows: Sequence[EvalRow],
     evaluation: EvaluationSection,
     max_new_tokens: int,
+    generated: Sequence[Generated] | None,
 ) -> list[Generated | None]:
     asked = {position: row.prompt for position, row in enumerate(rows) if row.prompt is not None}
-    generated = generate_answers(
-        model,
-        tokenizer,
-        list(asked.values()),
-        batch_size=evaluation.batch_size,
-        batch_tokens=evaluation.batch_tokens,
-        max_new_tokens=max_new_tokens,
-        on_batch=_pace(f"{name}:", "answers"),
-    )
+    if generated is None:
+        generated = generate_answers(
+            model,
+            tokenizer,
+            list(asked.values()),
+            batch_size=evaluation.batch_size,
+            batch_tokens=evaluation.batch_tokens,
+            max_new_tokens=max_new_tokens,
+            on_batch=_pace(f"{name}:", "answers"),
+        )
     answers: list[Generated | None] = [None] * len(rows)
     for position, answer in zip(asked, generated, strict=True):
         answers[position] = answer

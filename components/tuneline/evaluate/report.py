@@ -20,6 +20,7 @@ _STRIP, _LANE, _MARGIN = 240, 15, 8
 """Of the small plots in tables: width, height of a model's lane, room at both ends."""
 _MOST_SLICE_ROWS: Final = 60
 _MOST_CHECKS: Final = 40
+_MOST_TASK_ROWS: Final = 80
 _MOST_POINTS: Final = 400
 _LONGEST_TEXT: Final = 1500
 """Characters of a sample; a page has to stay below 1 MB."""
@@ -59,6 +60,7 @@ def render_report(
         comparison=[_row(name, block, models) for name, block in result["metrics"].items()],
         slices=_slices(result, models),
         forgetting=_forgetting(result, models),
+        tasks=_tasks(result),
         curves=loss_curves(history),
         checks=[c | {"sentence": _cut(c["sentence"], 300)} for c in _checks(result["verdict"])],
         samples=[_sample(sample, models) for sample in result["samples"]],
@@ -80,7 +82,7 @@ def _checks(verdict: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _row(name: str, block: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
     """A metric as a table row: numbers as text, a strip with a dot and an interval per model."""
     highest = block["highest"]
-    scored = block["rows"] > 0
+    scored = block["rows"] > 0 and all(block[m]["interval"][0] is not None for m in models)
     row: dict[str, Any] = {
         "name": name,
         "title": block["title"],
@@ -177,6 +179,39 @@ def _slices(result: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
         left -= len(shown)
         columns.append({"column": _cut(column, 80), "rows": shown})
     return {"columns": columns, "hidden": hidden}
+
+
+def _tasks(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Every metric of every task as a table row, the first of a task with its name."""
+    shown = []
+    everything = [
+        (label, found, metric, block)
+        for label, found in result["tasks"].items()
+        for metric, block in found["metrics"].items()
+    ]
+    for label, found, metric, block in everything[:_MOST_TASK_ROWS]:
+        models = [m for m in (BASE, TUNED, CHAMPION) if m in block]
+        row = _row(metric, block, models)
+        row["task"], row["title"] = _cut(label, 80), _cut(metric, 80)
+        row["stderr"] = {
+            m: "" if (e := block[m]["stderr"]) is None else f"± {_number(e, block['highest'])}"
+            for m in models
+        }
+        row["documents"] = f"{found['documents']:,}"
+        if found["of_documents"] > found["documents"]:
+            row["documents"] += f" of {found['of_documents']:,}"
+        row["cut"] = max(found["cut"].values())
+        shown.append(row)
+    models = [m for m in (BASE, TUNED, CHAMPION) if any(m in row["scores"] for row in shown)]
+    digests = [(_cut(label, 80), found["digest"]) for label, found in result["tasks"].items()]
+    return {
+        "rows": shown,
+        "models": models,
+        "hidden": len(everything) - len(shown),
+        "digests": digests[:_MOST_TASK_ROWS],
+        "cut": [(row["task"], row["cut"]) for row in shown if row["cut"]],
+        "lm_eval": next((found["lm_eval"] for found in result["tasks"].values()), ""),
+    }
 
 
 def _scale(block: Mapping[str, Any], models: Sequence[str]) -> tuple[float, float]:
