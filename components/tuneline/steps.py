@@ -180,6 +180,7 @@ def check_retrain(
     with _step("check_retrain", run_id, experiment, pipeline="retrain") as step:
         sections = form.sections_of(values, overrides, method=method, hyperparameters={})
         checked = recipe.resolve(sections, source="run form")
+        _check_evaluation(checked.evaluation)
         if not isinstance(step, TrackedStep):
             raise RegistryError(
                 "retraining needs MLflow, where it finds out what was done: set MLFLOW_TRACKING_URI"

@@ -119,6 +119,28 @@ def test_changed_data_recipe_or_image_is_new_work(
     assert len(set(keys)) == len(keys) == 4
 
 
+def test_a_changed_file_of_the_evaluation_is_new_work(world: World, tmp_path: Path) -> None:
+    texts, documents, task = (tmp_path / n for n in ("texts.txt", "documents.jsonl", "task.yaml"))
+    texts.write_text("Rain fell.")
+    documents.write_text('{"question": "1+1=", "answer": "2"}\n')
+    task.write_text(
+        "task: sums\ndataset_path: json\ndataset_kwargs: {data_files: {test: documents.jsonl}}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{question}}'\n"
+        "doc_to_target: '{{answer}}'\nmetric_list: [{metric: exact_match}]\n"
+    )
+    world.overrides = {
+        "evaluation": {"forgetting_sets": {"rain": str(texts)}, "tasks": [str(task)]}
+    }
+    keys = [world.check("a").key]
+    for file in (texts, documents, task):
+        file.write_text(file.read_text() + " ")
+        keys.append(world.check(f"with {file.name}").key)
+    assert keys[3] == keys[2]  # a blank in YAML says nothing else
+    task.write_text(task.read_text().replace("question", "q"))
+    keys.append(world.check("other").key)
+    assert len(set(keys)) == 4
+
+
 def test_a_run_leaves_work_to_another_one_that_is_at_it(world: World) -> None:
     world.check("a")
     other = world.check("b")

@@ -7,14 +7,24 @@ that changed less than the recipe's triggers ask for waits.
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from tuneline.artifacts import digest_of
+from tuneline.artifacts import digest_of, digest_of_file
+from tuneline.evaluate.task_files import read_task_file
 from tuneline.progress import report
-from tuneline.recipe import Recipe, RetrainSection
+from tuneline.recipe import (
+    EvaluationSection,
+    Recipe,
+    RetrainSection,
+    is_task_file,
+    task_label,
+)
 from tuneline.register import tags
 from tuneline.retrain import ledger
 from tuneline.retrain.profile import Profile, drift_between
@@ -50,10 +60,40 @@ def key_of(recipe: Recipe, profile: Profile, base_digest: str) -> str:
         {
             "data": dict(sorted(profile.digests.items())),
             "recipe": values,
+            "evaluated_with": _files_of(recipe.evaluation),
             "base_model": base_digest,
             "image": os.environ.get("TUNELINE_IMAGE", ""),
         }
     )
+
+
+def _files_of(evaluation: EvaluationSection) -> dict[str, str]:
+    """Digest of each local file that the evaluation reads, beside the data."""
+    digests = {
+        name: digest_of_file(Path(path).expanduser())
+        for name, path in evaluation.forgetting_sets.items()
+    }
+    for task in filter(is_task_file, evaluation.tasks):
+        values = read_task_file(Path(task), allow_code=evaluation.task_code)
+        named = values["dataset_kwargs"].pop("data_files", [])
+        found = [
+            digest_of_file(file)
+            for pattern in _strings_in(named)
+            for file in sorted(Path(pattern).parent.glob(Path(pattern).name))
+        ]
+        digests[task_label(task)] = digest_of([json.dumps(values, default=str), found])
+    return digests
+
+
+def _strings_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _strings_in(inner)
+    elif isinstance(value, Iterable):
+        for inner in value:
+            yield from _strings_in(inner)
 
 
 def decide(
@@ -225,9 +265,7 @@ def _why(
 
 def _profile_of(client: MlflowClient, entry: ledger.Entry) -> Profile | None:
     """What the data of an earlier retraining was like; None where it is not kept any more."""
-    import json
     import tempfile
-    from pathlib import Path
 
     from mlflow.exceptions import MlflowException
 
