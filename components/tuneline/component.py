@@ -73,6 +73,7 @@ def resolve_pool(run_id: str, experiment: str, gpu_pool: str) -> NamedTuple(
     [
         ("accelerator", str),
         ("count", str),
+        ("one", str),
         ("cpu", str),
         ("memory", str),
         ("node_selector", dict),

@@ -99,6 +99,7 @@ class Pool(Settings):
         return {
             "accelerator": self.accelerator or "nvidia.com/gpu",
             "count": str(self.count),
+            "one": str(min(self.count, 1)),
             "cpu": self.cpu,
             "memory": self.memory,
             "node_selector": dict(self.node_selector),

@@ -234,9 +234,23 @@ def finetune(
     run_id: str = "",
     experiment: str = "",
 ) -> None:
-    """A PreparedDataset to an Adapter."""
-    from tuneline.finetune import train
+    """A PreparedDataset to an Adapter, in one process for each accelerator."""
+    from tuneline.finetune import launch, train
 
+    if (count := launch.processes()) > 1:
+        launch.train_together(
+            {
+                "base_model": base_model,
+                "dataset": dataset,
+                "method": dict(method),
+                "training": dict(training),
+                "output": output,
+                "run_id": run_id,
+                "experiment": experiment,
+            },
+            count,
+        )
+        return
     settings = recipe.method_settings(method)
     section = recipe.check(recipe.TrainingSection, training, source="training")
     task = f"finetune_{method.get('name', 'lora')}"

@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol
 from kfp import dsl, kubernetes
 from kfp.dsl import PipelineTask
 
+from tuneline.finetune.methods import METHODS
 from tuneline.images import TUNELINE
 from tuneline.pools import VARIABLE as POOLS_VARIABLE
 
@@ -63,6 +64,10 @@ _SETTINGS: Final = {
 """Keys of the config map `tuneline` and the variables that they become."""
 _TRAINING_TASK: Final = "finetune"
 """What the names of the components that train begin with."""
+_PARALLEL_TASKS: Final = tuple(
+    f"finetune-{name.replace('_', '-')}"
+    for name in ("chosen", *(method.name for method in METHODS))
+)
 _POOL_TASK: Final = "resolve-pool"
 
 Pool = Mapping[str, Any]
@@ -117,7 +122,9 @@ def on_cluster(shm: str) -> Place:
 
 
 def _use(task: Any, pool: Pool, shm: str) -> None:
-    task.set_accelerator_type(pool["accelerator"]).set_accelerator_limit(pool["count"])
+    # training has a process for each accelerator, everything else uses one
+    count = pool["count"] if task.name.startswith(_PARALLEL_TASKS) else pool["one"]
+    task.set_accelerator_type(pool["accelerator"]).set_accelerator_limit(count)
     task.set_cpu_request(pool["cpu"])
     task.set_memory_request(pool["memory"]).set_memory_limit(pool["memory"])
     # In a loop or a condition, what only a resource or a label refers to would not be handed in.

@@ -24,7 +24,8 @@ from transformers import (
 
 from tuneline import artifacts
 from tuneline.data_prep.prepare import prepare
-from tuneline.errors import RecipeError, Terminated, TrainingError
+from tuneline.errors import RecipeError, Terminated, TrainingError, UsageError
+from tuneline.finetune import launch
 from tuneline.finetune import loss as loss_module
 from tuneline.finetune.arguments import packed_rows_are_apart, training_arguments
 from tuneline.finetune.batching import TokenBudgetSampler, batches_of, collate, pack
@@ -500,6 +501,65 @@ def test_schedules_go_by_the_names_of_transformers(schedule, model, tmp_path: Pa
 # ---- several processes
 
 
+def command_of(model: Path, dataset: artifacts.Artifact, output: Path, *settings: str) -> list[str]:
+    return [
+        sys.executable, "-m", "tuneline_pipelines.cli", "finetune", "--base-model", str(model),
+        "--data", str(dataset.path), "--method", "lora", "--output", str(output),
+        *(part for setting in settings for part in ("--set", setting)),
+    ]  # fmt: skip
+
+
+def environment_of(processes: int) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+        "TUNELINE_PROCESSES": str(processes),
+    }
+
+
+def in_processes(
+    processes: int, model: Path, dataset: artifacts.Artifact, output: Path, *settings: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command_of(model, dataset, output, *settings),
+        capture_output=True, text=True, env=environment_of(processes), check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_several_processes_fail_with_one_sentence_and_stop_with_a_checkpoint(
+    tiny_model: Path, dataset: artifacts.Artifact, tmp_path: Path
+) -> None:
+    output = tmp_path / "adapter"
+    failed = in_processes(2, tiny_model, dataset, output, "target_modules=[q_projj]")
+    assert failed.returncode == 1
+    assert "q_projj" in failed.stderr.splitlines()[-1] and not output.exists()
+    process = subprocess.Popen(
+        command_of(tiny_model, dataset, output, "epochs=500", "checkpoint_minutes=60"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment_of(2),
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "grad norm" in line:
+            process.terminate()
+            break
+    rest, errors = process.communicate()
+    assert process.returncode == 143, rest + errors
+    assert "checkpoint" in errors.splitlines()[-1] and not output.exists()
+    markers = list(tmp_path.rglob("step-*/checkpoint.json"))
+    assert len(markers) == 1, list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("count", ["0", "two", "-1", "1.5"])
+def test_a_number_of_processes_that_is_none_is_refused(
+    count: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNELINE_PROCESSES", count)
+    with pytest.raises(UsageError, match=f"not '{count}'"):
+        launch.processes()
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one_that_accumulates(
     tiny_model: Path, dataset: artifacts.Artifact, tmp_path: Path
@@ -508,21 +568,10 @@ def test_two_processes_equal_one_that_accumulates(
     results = {}
     for processes, accumulation in ((1, 2), (2, 1)):
         output = tmp_path / str(processes)
-        command = [
-            sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}",
-            "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
-            "-m", "tuneline_pipelines.cli", "finetune", "--base-model", str(tiny_model),
-            "--data", str(dataset.path), "--method", "lora", "--output", str(output),
-            "--set", "batch_tokens=128", "--set", "epochs=2", "--set", "learning_rate=0.01",
-            "--set", f"gradient_accumulation_steps={accumulation}",
-        ]  # fmt: skip
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-            check=False,
-        )
+        done = in_processes(
+            processes, tiny_model, dataset, output, "batch_tokens=128", "epochs=2",
+            "learning_rate=0.01", f"gradient_accumulation_steps={accumulation}",
+        )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         text = (output / "history.jsonl").read_text()
         results[processes] = [json.loads(line) for line in text.splitlines()]

@@ -108,10 +108,9 @@ def test_steps_that_train_and_evaluate_run_in_the_chosen_pool(compiled: list[Pat
         }
         in_pool[package.stem] = {name.removeprefix("exec-") for name in names}
         for name in names:
-            assert (
-                "resolve-pool-count"
-                in executors[name]["container"]["resources"]["accelerator"]["resourceCount"]
-            )
+            alone = name in ("exec-evaluate", "exec-measure-base", "exec-finetune-leg")
+            count = executors[name]["container"]["resources"]["accelerator"]["resourceCount"]
+            assert f"resolve-pool-{'one' if alone else 'count'}'" in count
             labels = placed[name]["podMetadata"]["labels"]
             assert labels == {"kueue.x-k8s.io/queue-name": "tuneline"}
             assert placed[name]["emptyDirMounts"][0]["sizeLimit"] == "16Gi"

@@ -137,7 +137,8 @@ def _train(
     if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
         raise TrainingError(
             f"{torch.cuda.device_count()} GPUs are visible to one process: set "
-            "CUDA_VISIBLE_DEVICES to one of them, or start one process for each with torchrun"
+            "CUDA_VISIBLE_DEVICES to one of them, or train with `tuneline finetune`, which starts "
+            "a process for each"
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

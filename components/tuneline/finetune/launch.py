@@ -1,0 +1,104 @@
+"""One process for each accelerator of a pod: torchrun around the training step.
+
+The step's own process starts torchrun and waits. What its first process reports goes through; what
+it fails with becomes this process's own error, since torchrun's table of exit codes tells a person
+nothing. SIGTERM is handed on, so that the processes write their checkpoint together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from tuneline.errors import Terminated, TrainingError, UsageError
+
+VARIABLE: Final = "TUNELINE_PROCESSES"
+"""How many processes train; unset: one for each accelerator."""
+_DEVICES: Final = ("/dev/nvidia0", "/dev/kfd")
+"""One of them is there where CUDA or ROCm has an accelerator."""
+_ERROR: Final = "error: "
+_KILLED: Final = "exitcode  : -9"
+
+
+def processes() -> int:
+    """How many processes this step has to start; 1 where torchrun has started this one.
+
+    Raises:
+        UsageError: TUNELINE_PROCESSES is no number.
+    """
+    if "LOCAL_RANK" in os.environ:
+        return 1
+    if chosen := os.environ.get(VARIABLE):
+        if not chosen.isdecimal() or int(chosen) < 1:
+            raise UsageError(f"{VARIABLE} must be a number from 1 on, not '{chosen}'")
+        return int(chosen)
+    if not any(Path(device).exists() for device in _DEVICES):
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def train_together(arguments: Mapping[str, Any], count: int) -> None:
+    """Run `steps.finetune` with these arguments in `count` processes.
+
+    Raises:
+        TrainingError: one of them failed; with its own sentence.
+        Terminated: SIGTERM arrived; the processes have ended.
+    """
+    with tempfile.TemporaryDirectory(prefix="tuneline-ranks-") as folder:
+        job, errors = Path(folder) / "job.json", Path(folder) / "stderr"
+        job.write_text(json.dumps(dict(arguments)), encoding="utf-8")
+        with errors.open("wb") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                 f"--nproc-per-node={count}", "-m", "tuneline.finetune.launch", str(job)],
+                stderr=stderr,
+            )  # fmt: skip
+            try:
+                code = process.wait()
+            except BaseException as stopped:  # SIGTERM or Ctrl-C: they write their checkpoint first
+                process.terminate()
+                process.wait()
+                if isinstance(stopped, Terminated):
+                    raise Terminated(
+                        "what is trained is in a checkpoint: run it again to go on"
+                    ) from stopped
+                raise
+        text = errors.read_text(encoding="utf-8", errors="replace")
+    sys.stderr.write(text)
+    if code:
+        raise TrainingError(_sentence(text, count))
+
+
+def _sentence(text: str, count: int) -> str:
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith(_ERROR):
+            rest = lines[number + 1 :]
+            more = next((n for n, other in enumerate(rest) if not other.startswith("  - ")), 0)
+            return "\n".join([line.removeprefix(_ERROR), *rest[:more]])
+    if _KILLED in text:
+        return (
+            f"one of {count} training processes was killed, most likely by the system for lack of "
+            "memory: lower training.batch_tokens, or set training.gradient_checkpointing: true"
+        )
+    return f"one of {count} training processes failed; the reason is above"
+
+
+def main() -> None:
+    """What each process does."""
+    from tuneline import steps
+
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    steps.guard(steps.finetune, **job)
+
+
+if __name__ == "__main__":
+    main()
