@@ -50,12 +50,18 @@ class Spool:
     Args:
         path: of the file; made with its folder, or gone on from.
         send: delivers entries, or raises RegistryError, after which it is called again with them.
+        known: figure -> the last step that was sent before, from another file.
 
     Raises:
         BlockingIOError: another process has it open.
     """
 
-    def __init__(self, path: Path, send: Callable[[Sequence[Entry]], None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        send: Callable[[Sequence[Entry]], None],
+        known: Mapping[str, int] | None = None,
+    ) -> None:
         self._path = path
         self._sent_path = path.with_suffix(".sent")
         self._send = send
@@ -65,7 +71,7 @@ class Spool:
         """Patience is over: from now on the files are another spool's."""
         self._complained = False
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._latest: dict[str, int] = {}
+        self._latest: dict[str, int] = dict(known or {})
         self._file = path.open("ab")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from tuneline.checkpoints_root import local_root, remote_root
 from tuneline.errors import RegistryError
 from tuneline.progress import ranks, report
 from tuneline.spool import Entry, Spool
@@ -97,8 +98,10 @@ class TrackedStep:
         self.run_id = run_id
         self.failed = False
         path = _spool_folder() / f"{run_id}.jsonl"
+        # the spool of the pod before was on its own disk, if that is not a volume of all
+        known = {} if remote_root() is None or path.exists() else _latest_steps(client, run_id)
         try:
-            self._spool = Spool(path, self._send)
+            self._spool = Spool(path, self._send, known)
         except BlockingIOError:  # a pod that is not quite gone yet writes to the same run
             self._spool = Spool(path.with_name(f"{run_id}.{os.getpid()}.jsonl"), self._send)
 
@@ -190,11 +193,19 @@ def send_entries(client: MlflowClient, run_id: str, entries: Sequence[Entry]) ->
                 client.set_terminated(run_id, entry.status, entry.time_ms)
 
 
+def _latest_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
+    with mlflow_errors("reading the metrics of an earlier try"):
+        return {
+            key: max(point.step for point in client.get_metric_history(run_id, key))
+            for key in client.get_run(run_id).data.metrics
+        }
+
+
 def _spool_folder() -> Path:
     """Beside the checkpoints, where a retried pod finds it; one for each server."""
-    root = os.environ.get("TUNELINE_CHECKPOINTS")
+    root = local_root()
     folder = (
-        Path(root) / "metrics"
+        root / "metrics"
         if root
         else Path(tempfile.gettempdir()) / f"tuneline-metrics-{os.getuid()}"
     )

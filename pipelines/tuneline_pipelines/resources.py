@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol
 from kfp import dsl, kubernetes
 from kfp.dsl import PipelineTask
 
+from tuneline.checkpoints_root import ROOT_VARIABLE, remote_root
 from tuneline.finetune.methods import METHODS
 from tuneline.images import TUNELINE
 from tuneline.pools import VARIABLE as POOLS_VARIABLE
@@ -59,7 +60,7 @@ _SECRETS: Final[dict[str, dict[str, str]]] = {
 _SETTINGS: Final = {
     "mlflow_tracking_uri": "MLFLOW_TRACKING_URI",
     "s3_endpoint_url": "AWS_ENDPOINT_URL",
-    "s3_region": "AWS_REGION",
+    "s3_region": "AWS_DEFAULT_REGION",
 }
 """Keys of the config map `tuneline` and the variables that they become."""
 _TRAINING_TASK: Final = "finetune"
@@ -86,7 +87,7 @@ class Place(Protocol):
 
 
 def on_cluster(shm: str) -> Place:
-    """Placement for a package.
+    """Placement for a package; `TUNELINE_CHECKPOINTS=s3://...` replaces the volume of that name.
 
     Args:
         shm: most of /dev/shm for steps with an accelerator, as `16Gi`.
@@ -107,8 +108,9 @@ def on_cluster(shm: str) -> Place:
             kubernetes.use_secret_as_env(task, secret, keys, optional=True)
         kubernetes.mount_pvc(task, pvc_name=MODEL_CACHE, mount_path=CACHE_PATH)
         if task.name.startswith(_TRAINING_TASK):
-            kubernetes.mount_pvc(task, pvc_name=CHECKPOINTS, mount_path=CHECKPOINTS_PATH)
-            task.set_env_variable("TUNELINE_CHECKPOINTS", CHECKPOINTS_PATH)
+            if (root := remote_root()) is None:
+                kubernetes.mount_pvc(task, pvc_name=CHECKPOINTS, mount_path=CHECKPOINTS_PATH)
+            task.set_env_variable(ROOT_VARIABLE, root or CHECKPOINTS_PATH)
         if task.name.startswith(_POOL_TASK):
             kubernetes.use_config_map_as_volume(task, POOLS, POOLS_PATH, optional=True)
             task.set_env_variable(POOLS_VARIABLE, f"{POOLS_PATH}/pools.yaml")

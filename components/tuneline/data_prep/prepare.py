@@ -123,16 +123,19 @@ def _fill(ledger: Any, data: DataSection, digests: dict[str, str], scratch_folde
     scratch = Scratch(scratch_folder) if near else None
     blocks = _blocks([plan.source for plan in ledger.plans], digests)
     told, rows, started = time.monotonic(), 0, time.monotonic()
-    for encoded in encode_blocks(ledger.plans, blocks, cpu_count()):
-        ledger.add(encoded, scratch.add if scratch else None)
-        rows = sum(counts["raw_rows"] for counts in ledger.counts)
-        if time.monotonic() - told > _TICK_SECONDS:
-            told = time.monotonic()
-            tick(f"{rows:,} rows, {rows / (told - started):,.0f} rows/s")
+    try:
+        for encoded in encode_blocks(ledger.plans, blocks, cpu_count()):
+            ledger.add(encoded, scratch.add if scratch else None)
+            rows = sum(counts["raw_rows"] for counts in ledger.counts)
+            if time.monotonic() - told > _TICK_SECONDS:
+                told = time.monotonic()
+                tick(f"{rows:,} rows, {rows / (told - started):,.0f} rows/s")
+    finally:
+        if scratch is not None:
+            scratch.finish()
     if scratch is None:
         ledger.settle(data, None)
         return
-    scratch.finish()
     ledger.settle(data, partial(find_similar, scratch, threshold=data.near_duplicate_similarity))
 
 

@@ -21,7 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Final, Literal
 
+from tuneline import object_store
 from tuneline.artifacts import digest_of
+from tuneline.base_model import cache_dir
 from tuneline.errors import DataError
 from tuneline.recipe import Source
 
@@ -35,7 +37,8 @@ _PIECE: Final = 2**20
 _LARGEST_ITEM: Final = 64 * 2**20
 _SPACE: Final = re.compile(r"[ \t\n\r]*")
 _FORMATS: Final = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
-_REMOTE: Final = {"s3": "s3fs (pip install 'tuneline[s3]')", "gs": "gcsfs ('tuneline[gcs]')"}
+_FETCHED_BYTES: Final = 20 * 10**9
+"""Of objects in the cache together."""
 _HUB: Final = "hf://"
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _MAGIC: Final = {
@@ -106,8 +109,12 @@ _Open = Callable[[], AbstractContextManager[IO[bytes]]]
 
 def _files(source: Source) -> list[tuple[str, _Open]]:
     scheme, separator, _ = source.path.partition("://")
+    if object_store.is_remote(source.path):
+        return _stored_files(source.path)
+    if scheme == "gs":
+        return _google_files(source.path)
     if separator:
-        return _remote_files(source.path, scheme)
+        raise _unreadable(source.path, f"scheme '{scheme}://' is unknown")
     try:
         paths = _local_paths(source.path)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home of such a user
@@ -136,9 +143,22 @@ def _local_paths(pattern: str) -> list[tuple[str, Path]]:
     return [(pattern, path)]
 
 
-def _remote_files(pattern: str, scheme: str) -> list[tuple[str, _Open]]:
-    if scheme not in _REMOTE:
-        raise _unreadable(pattern, f"scheme '{scheme}://' is unknown")
+def _stored_files(pattern: str) -> list[tuple[str, _Open]]:
+    found = object_store.find_objects(pattern)
+    if not found:
+        raise _unreadable(pattern, "no such object, none below it and none that matches")
+    if [one.url for one in found] != [pattern] and not any(c in pattern for c in "*?["):
+        found = [one for one in found if _suffixes(one.url)[0]]
+        if not found:
+            raise _unreadable(pattern, f"no object below it ends in {', '.join(_FORMATS)}")
+    return [(one.url, lambda one=one: _opened(one)) for one in found]
+
+
+def _opened(found: object_store.StoredObject) -> IO[bytes]:
+    return object_store.fetch_object(found, cache_dir() / "data", _FETCHED_BYTES).open("rb")
+
+
+def _google_files(pattern: str) -> list[tuple[str, _Open]]:
     import fsspec
 
     try:
@@ -150,16 +170,17 @@ def _remote_files(pattern: str, scheme: str) -> list[tuple[str, _Open]]:
         else:
             found = [path]
     except ImportError as error:
-        raise DataError(f"data file {pattern}: {scheme}:// needs {_REMOTE[scheme]}") from error
+        raise DataError(
+            f"data file {pattern}: gs:// needs gcsfs (pip install 'tuneline[gcs]')"
+        ) from error
     except (OSError, ValueError) as error:
         raise _unreadable(pattern, str(error)) from error
     if not found:
         raise _unreadable(pattern, "no file matches")
     return [
-        (f"{scheme}://{p.removeprefix(f'{scheme}://').lstrip('/')}",
-         lambda p=p: system.open(p, "rb"))
+        (f"gs://{p.removeprefix('gs://').lstrip('/')}", lambda p=p: system.open(p, "rb"))
         for p in found
-    ]  # fmt: skip
+    ]
 
 
 def _unreadable(name: str, why: str) -> DataError:

@@ -10,6 +10,9 @@ It is written into a folder aside, every file and the folder itself are flushed 
 the folder is then renamed. Loading verifies size and digest; what is damaged or half is skipped
 with a warning that names it, and the next older one is taken.
 
+Where `TUNELINE_CHECKPOINTS` is a place in an object store, each is written to disk like that and
+then sent (`checkpoint_store`); a run goes on from the newest of both.
+
 The folder of a run comes from its content key: the digest of everything that decides what is
 computed (data, resolved settings, base model, image, number of processes). A retried pod, and the
 same command given again, find it without being told; another recipe never does. Its lock belongs
@@ -27,7 +30,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,13 +41,20 @@ from torch import Tensor, nn
 
 from tuneline import images
 from tuneline.artifacts import FileEntry, digest_of, digest_of_file
-from tuneline.errors import TrainingError
+from tuneline.checkpoints_root import ROOT_VARIABLE, local_root, remote_root
+from tuneline.errors import StorageError, TrainingError
+from tuneline.finetune.checkpoint_store import (
+    MARKER,
+    CheckpointStore,
+    StoredCheckpoint,
+    step_of,
+    store_of,
+    stored_name,
+)
 from tuneline.progress import report
 from tuneline.settings import Settings
 
-ROOT_VARIABLE: Final = "TUNELINE_CHECKPOINTS"
 WEIGHTS: Final = "model.safetensors"
-MARKER: Final = "checkpoint.json"
 FORMAT_VERSION: Final = 1
 _NAME: Final = re.compile(r"step-(\d{8})")
 _LOCK: Final = "lock"
@@ -77,18 +87,44 @@ class Checkpoint:
     step: int
     notes: dict[str, Any]
     """What the trainer wants back beyond the state that transformers keeps."""
+    stored_as: str
+    """What it is called in the object store, if it is there: two that differ have two names."""
 
 
 def folder_of(identity: Mapping[str, Any], output: Path) -> Path:
-    """Where the run of `identity` keeps its checkpoints.
+    """Where on disk the run of `identity` keeps its checkpoints.
 
     Args:
         identity: everything that decides what is computed, as plain JSON.
         output: of the step; the root is beside it unless `TUNELINE_CHECKPOINTS` names one.
     """
-    configured = os.environ.get(ROOT_VARIABLE)
-    root = Path(configured) if configured else output.with_name(output.name + ".checkpoints")
-    return root / digest_of(identity).removeprefix("sha256:")[:_KEY_LENGTH]
+    root = local_root() or output.with_name(output.name + ".checkpoints")
+    return root / _key(identity)
+
+
+def _key(identity: Mapping[str, Any]) -> str:
+    return digest_of(identity).removeprefix("sha256:")[:_KEY_LENGTH]
+
+
+def checkpoints_of(
+    identity: Mapping[str, Any], output: Path, *, limit: int, own: bool = True
+) -> Checkpoints:
+    """The checkpoints of the run of `identity`, on disk and in the object store if there is one.
+
+    Args:
+        identity: everything that decides what is computed, as plain JSON.
+        output: of the step.
+        limit: as in `Checkpoints`.
+        own: as in `Checkpoints`.
+
+    Raises:
+        TrainingError: the folder can't be written.
+        StorageError: the object store can't be reached, or can't be written.
+    """
+    store = store_of(_key(identity))
+    if store is not None and own:
+        store.open(identity)
+    return Checkpoints(folder_of(identity, output), limit=limit, own=own, store=store)
 
 
 class Checkpoints:
@@ -99,15 +135,32 @@ class Checkpoints:
         limit: how many of the newest to keep, beside the best.
         own: take the lock and clean up; False for the other processes of the same run, which only
             read.
+        store: where they are sent to and come from, or None.
+
+    Attributes:
+        unsent: why the newest one is on this disk only, empty where it is not or need not be
+            elsewhere.
 
     Raises:
         TrainingError: the folder can't be written.
     """
 
-    def __init__(self, folder: Path, *, limit: int, own: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        limit: int,
+        own: bool = True,
+        store: CheckpointStore | None = None,
+    ) -> None:
         self.folder = folder
+        self.unsent = ""
         self._limit = limit
+        self._store = store
+        self._damaged: set[str] = set()
+        """Names on disk and in the store of those that were skipped."""
         self._lock: int | None = None
+        self._brought: list[Path] = []
         if not own:
             return
         for number in itertools.count(1):
@@ -139,27 +192,124 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
-        """Give up the lock, which else ends with the process, however that ends."""
+        """Give up the lock, which else ends with the process, however that ends.
+
+        What was brought here for another process's run is removed: that one keeps its checkpoints.
+        """
+        for path in self._brought:
+            shutil.rmtree(path, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def newest(self) -> Checkpoint | None:
-        """The newest complete checkpoint, verified; warns of each one that it has to skip."""
-        for path in reversed(self._paths()):
-            if (found := _load_or_warn(path)) is not None:
-                return found
+        """The newest complete checkpoint, verified; warns of each one that it has to skip.
+
+        Raises:
+            StorageError: the object store can't be reached: what it holds would be done anew.
+        """
+        stored = self._stored()
+        steps = {step_of(path.name) for path in self._paths()} | {one.step for one in stored}
+        for step in sorted(steps, reverse=True):
+            found = self._on_disk(step) or self._from_store(step, stored)
+            if found is None:
+                continue
+            if self._store is not None:  # of an earlier process that couldn't send it
+                self._store.send(found.path)
+            return found
         return None
 
     def find(self, step: int) -> Checkpoint | None:
-        """The checkpoint of `step`, verified, or None if it is not there or damaged."""
+        """The checkpoint of `step`, verified, or None if it is not there or damaged.
+
+        Raises:
+            StorageError: it is not on disk, and the object store can't be reached.
+        """
+        return self._on_disk(step) or self._from_store(step, self._stored())
+
+    def same(self, found: Checkpoint, *, brings: bool) -> Checkpoint:
+        """The checkpoint that the first process found, on the disk of this one's machine.
+
+        Without an object store it is where the first process sees it, on a volume of all.
+
+        Args:
+            found: as the first process has it.
+            brings: this process brings it to its machine, the others there come after it.
+
+        Raises:
+            StorageError: the object store can't be reached, or does not have it.
+        """
+        if self._store is None:
+            return found
+        if not brings:
+            for path in (found.path, self.folder / found.path.name):
+                if (path / MARKER).is_file() and stored_name(path) == found.stored_as:
+                    return replace(found, path=path)
+        mine = self._on_disk(found.step)
+        if mine is None or mine.stored_as != found.stored_as:
+            stored = [one for one in self._stored() if one.name == found.stored_as]
+            mine = self._from_store(found.step, stored)
+            if mine is not None and brings:
+                self._brought.append(mine.path)
+        if mine is None:
+            raise StorageError(
+                f"{self._store.url} does not have {found.stored_as}, which the first process goes "
+                "on from: run it again"
+            )
+        return mine
+
+    def _stored(self) -> list[StoredCheckpoint]:
+        if self._store is None:
+            return []
+        return [one for one in self._store.found() if one.is_complete]
+
+    def _on_disk(self, step: int) -> Checkpoint | None:
         path = self.folder / _name(step)
-        return _load_or_warn(path) if path.exists() else None
+        if not path.exists():
+            return None
+        found = _load_or_warn(path, str(path))
+        if found is None:
+            self._damaged.add(path.name)
+        return found
+
+    def _from_store(self, step: int, stored: list[StoredCheckpoint]) -> Checkpoint | None:
+        path = self.folder / _name(step)
+        for one in reversed(stored):
+            if one.step == step and (found := self._fetched(one, path)) is not None:
+                return found
+        return None
+
+    def _fetched(self, stored: StoredCheckpoint, path: Path) -> Checkpoint | None:
+        assert self._store is not None
+        place = f"{self._store.url}/{stored.name}"
+        aside = path.with_name(path.name + ".partial")
+        report(f"fetching checkpoint {place}, {sum(stored.files.values()) / 1e9:.2f} GB")
+        try:
+            # a full disk is no damage: an older one would cost the work since
+            with _stated(f"checkpoint {place} can't be brought to {path}"):
+                shutil.rmtree(aside, ignore_errors=True)
+                self._store.fetch(stored, aside)
+                found = _load_or_warn(aside, place)
+                if found is not None:
+                    shutil.rmtree(path, ignore_errors=True)
+                    aside.rename(path)
+                    _flush_folder(self.folder)
+                    self._damaged.discard(path.name)
+                    return replace(found, path=path)
+        except ValueError as error:
+            report(f"warning: checkpoint {place} is skipped: {error}")
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        self._damaged.add(stored.name)
+        return None
 
     def write(
         self, step: int, notes: Mapping[str, Any], fill: Callable[[Path], None], best: int | None
     ) -> None:
-        """Write a checkpoint and remove those that are no longer kept.
+        """Write a checkpoint, send it, and remove those that are no longer kept.
+
+        Hours of training don't end because a store is away: what can't be sent is on disk, is
+        warned of, and is sent with the next one.
 
         Args:
             step: optimizer steps done.
@@ -186,7 +336,38 @@ class Checkpoints:
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
+        self._damaged.discard(path.name)
         self._rotate(best)
+        if self._store is not None:
+            try:
+                self._send(self._store, step, best)
+                self.unsent = ""
+            except (StorageError, OSError) as error:
+                self.unsent = str(error)
+                report(
+                    f"warning: checkpoint {path} is on this disk only and is sent with the next "
+                    f"one: {error}"
+                )
+
+    def _send(self, store: CheckpointStore, written: int, best: int | None) -> None:
+        stored = store.found()
+        # first: a file that the store holds is taken for sent, though it is damaged
+        store.remove([one for one in stored if one.name in self._damaged])
+        there = {one.step for one in stored if one.is_complete and one.name not in self._damaged}
+        here = {step_of(path.name): path for path in self._paths()}
+        kept = set(sorted(there | here.keys())[-self._limit :])
+        if best is not None:
+            kept.add(best)
+        for step in sorted(kept & here.keys(), reverse=True):  # the newest first: time may be short
+            # an earlier one may lie here from another process, which nobody has looked at
+            if step == written or (step not in there and self._on_disk(step) is not None):
+                store.send(here[step])
+        stored = store.found()
+        latest = {one.step: one.name for one in stored if one.is_complete}
+        latest[written] = stored_name(here[written])  # a store's clock tells no two of a second
+        names = {name for step, name in latest.items() if step in kept}
+        # a half one of a later step may be on its way from another process
+        store.remove([o for o in stored if o.name not in names and o.step <= written])
 
     def _standing(self) -> str:
         paths = self._paths()
@@ -194,7 +375,8 @@ class Checkpoints:
 
     def _rotate(self, best: int | None) -> None:
         paths = self._paths()
-        kept = {path.name for path in paths[-self._limit :]}
+        sound = [path.name for path in paths if path.name not in self._damaged]
+        kept = set(sound[-self._limit :])
         if best is not None:
             kept.add(_name(best))
         for path in paths:
@@ -206,6 +388,11 @@ class Checkpoints:
 
     def discard(self) -> None:
         """Remove all of them: the run has its result."""
+        if self._store is not None:
+            try:
+                self._store.clear()
+            except StorageError as error:
+                report(f"warning: the checkpoints in {self._store.url} are left there: {error}")
         shutil.rmtree(self.folder, ignore_errors=True)
         root = self.folder.parent
         # the root beside an output is ours alone; one that was named, a mount perhaps, stays
@@ -227,8 +414,9 @@ def _stated(what: str, standing: Callable[[], str] | None = None) -> Iterator[No
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         known = f"; {standing()}" if standing else ""
+        variable = ROOT_VARIABLE if remote_root() is None else "TUNELINE_CACHE"
         raise TrainingError(
-            f"{what} ({reason}){known}: free space, or name another place in {ROOT_VARIABLE}, "
+            f"{what} ({reason}){known}: free space, or name another place in {variable}, "
             "then run again to go on"
         ) from error
 
@@ -255,11 +443,11 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _load_or_warn(path: Path) -> Checkpoint | None:
+def _load_or_warn(path: Path, place: str) -> Checkpoint | None:
     try:
         return _load(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        report(f"warning: checkpoint {path} is skipped: {error}")
+        report(f"warning: checkpoint {place} is skipped: {error}")
         return None
 
 
@@ -277,7 +465,7 @@ def _load(path: Path) -> Checkpoint:
             raise ValueError(f"{name} has {file.stat().st_size} bytes, not {entry['size_bytes']}")
         if digest_of_file(file) != entry["sha256"]:
             raise ValueError(f"{name} differs from its SHA-256")
-    return Checkpoint(path, int(marker["step"]), dict(marker["notes"]))
+    return Checkpoint(path, int(marker["step"]), dict(marker["notes"]), stored_name(path))
 
 
 def save_trainable(model: nn.Module, folder: Path) -> None:

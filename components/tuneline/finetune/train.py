@@ -53,9 +53,10 @@ def finetune(
         ArtifactError: the data set was prepared for another model.
         MethodError: the method's options don't fit the model.
         TrainingError: the loss is not finite, memory or disk is full.
+        StorageError: `TUNELINE_CHECKPOINTS` names an object store that can't be used.
         Terminated: SIGTERM arrived while training; a checkpoint was written.
     """
-    from tuneline.finetune.checkpoint import Checkpoints, folder_of, run_identity
+    from tuneline.finetune.checkpoint import checkpoints_of, run_identity
 
     base, dataset = _inputs(model_reference, dataset_dir)
     method = method_of(method_config)
@@ -63,7 +64,7 @@ def finetune(
     identity = run_identity(base.digest, dataset.digest, method_config, training)
     with (
         artifacts.writing(output) as aside,
-        Checkpoints(folder_of(identity, output), limit=training.save_total_limit) as checkpoints,
+        checkpoints_of(identity, output, limit=training.save_total_limit) as checkpoints,
     ):
         history = _train(base, dataset, method, method_config, training, aside, step, checkpoints)
         with (aside / HISTORY).open("w", encoding="utf-8") as file:
@@ -93,14 +94,16 @@ def accompany(
     training: TrainingSection,
 ) -> None:
     """Train in one of torchrun's other processes: it computes, the first one writes."""
-    from tuneline.finetune.checkpoint import Checkpoints
+    from tuneline.finetune.checkpoint import checkpoints_of, run_identity
 
     base, dataset = _inputs(model_reference, dataset_dir)
     method = method_of(method_config)
     training = with_learning_rate(training, method)
+    identity = run_identity(base.digest, dataset.digest, method_config, training)
     with tempfile.TemporaryDirectory() as nothing:
-        none = Checkpoints(Path(nothing), limit=1, own=False)
-        _train(base, dataset, method, method_config, training, Path(nothing), Untracked(), none)
+        output = Path(nothing) / "adapter"
+        with checkpoints_of(identity, output, limit=1, own=False) as others:
+            _train(base, dataset, method, method_config, training, output, Untracked(), others)
 
 
 def _inputs(model_reference: str, dataset_dir: Path) -> tuple[BaseModel, Artifact]:

@@ -165,7 +165,16 @@ class SupervisedTrainer(Trainer):
             box = [found]
             torch.distributed.broadcast_object_list(box)
             found = box[0]
+            if found is not None and self._checkpoints is not None:
+                found = self._on_this_machine(found, self._checkpoints)
         return found
+
+    def _on_this_machine(self, found: Checkpoint, checkpoints: Checkpoints) -> Checkpoint:
+        brings = self.args.local_process_index == 0
+        if brings and self.args.process_index > 0:
+            found = checkpoints.same(found, brings=True)
+        torch.distributed.barrier()
+        return found if brings else checkpoints.same(found, brings=False)
 
     def _stop(self) -> None:
         if self._checkpoints is None:
@@ -175,9 +184,13 @@ class SupervisedTrainer(Trainer):
         self._raise_terminated()
 
     def _raise_terminated(self) -> None:
-        raise Terminated(
-            f"a checkpoint of step {self.state.global_step} was written: run it again to go on"
-        )
+        what = f"a checkpoint of step {self.state.global_step} was written"
+        if self._checkpoints is not None and self._checkpoints.unsent:
+            raise Terminated(
+                f"{what}, but it is in {self._checkpoints.folder} only ("
+                f"{self._checkpoints.unsent}): run it again on this disk to go on"
+            )
+        raise Terminated(f"{what}: run it again to go on")
 
     # ---- batches, loss, gradients
 
