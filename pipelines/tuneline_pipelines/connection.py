@@ -428,6 +428,8 @@ def _short(text: str) -> str:
 
 def _innermost(error: BaseException) -> str:
     """The operating system's own words out of urllib3's."""
+    if error.args and isinstance(error.args[-1], BaseException):
+        return _innermost(error.args[-1])
     return str(error).rpartition("] ")[2] or str(error)
 
 
