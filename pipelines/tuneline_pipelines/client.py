@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from tuneline import __version__
+from tuneline import __version__, form
 from tuneline.artifacts import digest_of
 from tuneline.errors import ClusterError, UsageError, did_you_mean
 from tuneline.recipe import Recipe, method_of
-from tuneline_pipelines.connection import Connection, absent, equals
+from tuneline_pipelines.connection import Connection, Fault, absent, equals
 from tuneline_pipelines.packages import Package, of
 
 NEWEST: Final = "newest"
@@ -56,22 +56,6 @@ def pipeline_name(pipeline: str, recipe: Recipe) -> str:
     return f"finetune-{method_of(recipe.method).name.replace('_', '-')}"
 
 
-def parameters_of(recipe: Recipe, package: Package) -> dict[str, Any]:
-    """The recipe as the parameters of a package."""
-    from tuneline_pipelines.local import pipeline_arguments
-
-    arguments = pipeline_arguments(recipe)
-    if package.name != "compare":
-        return arguments
-    values = recipe.model_dump(mode="json", exclude_none=True)
-    sections = ("data", "method", "training", "evaluation", "gate", "compare")
-    return {
-        "base_model": recipe.model.base_model,
-        **{section: values[section] for section in sections},
-        "experiment": recipe.registry.experiment,
-    }
-
-
 def arguments_of(
     package: Package,
     recipe: Recipe | None,
@@ -90,7 +74,7 @@ def arguments_of(
     Raises:
         UsageError: they don't fit the package.
     """
-    arguments = {} if recipe is None else parameters_of(recipe, package)
+    arguments = {} if recipe is None else form.arguments_of(recipe, list(package.inputs))
     if pool is not None:
         if "gpu_pool" not in package.inputs:
             raise UsageError(
@@ -343,10 +327,18 @@ def submit(connection: Connection, submission: Submission) -> tuple[Any, bool]:
             extra.run_id,
         )
 
-    made = connection.create(
-        f"submitting run {submission.name}",
-        lambda **keywords: connection.runs.run_service_create_run(body, **keywords),
-        named,
-        stop,
-    )
+    try:
+        made = connection.create(
+            f"submitting run {submission.name}",
+            lambda **keywords: connection.runs.run_service_create_run(body, **keywords),
+            named,
+            stop,
+        )
+    except Fault as fault:
+        if not fault.sent:
+            raise
+        raise ClusterError(
+            f"{fault}; it may have been done all the same: look for '{submission.name}' in "
+            "`tuneline runs` before you submit again"
+        ) from fault
     return made, True

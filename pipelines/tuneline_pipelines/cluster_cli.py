@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _EXIT_DIFFERS: Final = 3
 _EXIT_INTERRUPTED: Final = 130
+_LONGEST_STEM: Final = 80
 _PIPELINES: Final = ("finetune", "retrain", "compare")
 
 
@@ -57,8 +58,12 @@ def _add_publish(commands: Any) -> None:
     publish = commands.add_parser(
         "publish", help="upload the pipelines to KFP, those that are not there yet"
     )
-    publish.add_argument(
+    what = publish.add_mutually_exclusive_group()
+    what.add_argument(
         "--packages", type=Path, metavar="DIR", help="compiled packages (default: compile them now)"
+    )
+    what.add_argument(
+        "--pools", type=Path, metavar="FILE", help="pools.yaml to compile with, as for compile"
     )
     _add_server(publish)
     publish.set_defaults(command=_publish)
@@ -71,7 +76,7 @@ def _publish(options: argparse.Namespace) -> int:
     found = (
         packages.read_folder(options.packages)
         if options.packages
-        else list(packages.compile_all().values())
+        else list(packages.compile_all(options.pools).values())
     )
     for done in client.publish(connection, found):
         what = "uploaded" if done.uploaded else "was there"
@@ -126,6 +131,7 @@ def _add_submit(commands: Any) -> None:
 
 def _submit(options: argparse.Namespace) -> int:
     from tuneline import recipe
+    from tuneline.compare.legs import ALL, legs_of
     from tuneline_pipelines import client
 
     compares = options.pipeline == "compare"
@@ -137,14 +143,22 @@ def _submit(options: argparse.Namespace) -> int:
     if options.method:
         overrides.insert(0, f"method.name={options.method}")
     resolved = recipe.read(options.recipe, overrides, exports=not compares)
+    methods = [name.strip() for name in (options.methods or ALL).split(",") if name.strip()]
+    if compares:
+        legs_of(resolved, methods, source=str(options.recipe))
     connection = _connect(options)
     source = _source(options, connection, resolved)
     package = source.package if isinstance(source, client.Version) else source
-    further = {"methods": options.methods.split(",")} if options.methods else {}
+    token = options.submission_id or secrets.token_hex(6)
     submission = client.Submission(
-        name=f"{options.recipe.stem} {options.submission_id or secrets.token_hex(6)}",
+        name=f"{options.recipe.stem[:_LONGEST_STEM]} {token}",
         source=source,
-        arguments=client.arguments_of(package, resolved, pool=options.pool, further=further),
+        arguments=client.arguments_of(
+            package,
+            resolved,
+            pool=options.pool,
+            further={"methods": methods} if compares else {},
+        ),
         experiment=options.experiment or resolved.registry.experiment,
         service_account=options.service_account,
     )

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from tuneline.errors import ClusterError, UsageError
 
@@ -92,14 +92,18 @@ class Connection:
         # begins, the answer ends.
         settings.retries = urllib3.Retry(0, redirect=False)
         settings.proxy = _proxy(self.host)
+        if settings.proxy and (login := urlsplit(settings.proxy).netloc.rpartition("@")[0]):
+            settings.proxy_headers = urllib3.make_headers(proxy_basic_auth=unquote(login))
+            self._keep_secret(login)
         trusted = ca_cert or (Path(path) if (path := os.environ.get(CA_VARIABLE)) else None)
         if trusted is not None:
             if not trusted.is_file():
                 raise UsageError(f"{trusted} is no file: name the certificates with --ca-cert")
             settings.ssl_ca_cert = str(trusted)
         self._identify(settings)
-        cookie = os.environ.get(COOKIE_VARIABLE, "").strip()
-        self._keep_secret(cookie)
+        cookie = _sendable(os.environ.get(COOKIE_VARIABLE, ""), COOKIE_VARIABLE, spaces=True)
+        for part in (cookie, *(pair.partition("=")[2].strip() for pair in cookie.split(";"))):
+            self._keep_secret(part)
         self.client = kfp_server_api.ApiClient(settings, cookie=cookie or None)
         self.pipelines = kfp_server_api.PipelineServiceApi(self.client)
         self.uploads = kfp_server_api.PipelineUploadServiceApi(self.client)
@@ -108,7 +112,7 @@ class Connection:
         self.experiments = kfp_server_api.ExperimentServiceApi(self.client)
 
     def _identify(self, settings: Any) -> None:
-        token = os.environ.get(TOKEN_VARIABLE, "").strip()
+        token = _sendable(os.environ.get(TOKEN_VARIABLE, ""), TOKEN_VARIABLE)
         file = os.environ.get(TOKEN_FILE_VARIABLE, "").strip()
         if token:
             self._keep_secret(token)
@@ -131,8 +135,9 @@ class Connection:
 
         def refresh(settings: Any) -> None:
             credentials.refresh_api_key_hook(settings)
-            settings.api_key["authorization"] = settings.api_key["authorization"].strip()
-            self._keep_secret(settings.api_key["authorization"])
+            token = _sendable(settings.api_key["authorization"], str(path))
+            settings.api_key["authorization"] = token
+            self._keep_secret(token)
 
         return refresh
 
@@ -220,21 +225,21 @@ class Connection:
             drop: undoes it.
 
         Raises:
-            Fault: it failed, also when it was tried again.
+            Fault: it failed, also when it was tried again; `sent` says whether any of the attempts
+                may have been carried out.
         """
         unclear = False
         for pause in (*PAUSES_SECONDS, None):
             try:
                 made = self.attempt(doing, make)
             except Fault as fault:
-                if not fault.passing:
-                    raise
-                if fault.sent:
-                    unclear = True
-                    if found := _settle(find, fault):
-                        return found[0]
-                if pause is None:
-                    raise
+                unclear = unclear or fault.sent
+                if fault.sent and (found := self._settle(find, fault)):
+                    return found[0]
+                if pause is None or not fault.passing:
+                    raise Fault(
+                        str(fault), status=fault.status, passing=fault.passing, sent=unclear
+                    ) from fault
                 _sleep(pause, fault)
             else:
                 if not unclear:
@@ -244,6 +249,15 @@ class Connection:
                     drop(extra)
                 return first
         raise AssertionError("the last attempt returns or raises")
+
+    @staticmethod
+    def _settle(find: Callable[[], Sequence[T]], fault: Fault) -> Sequence[T]:
+        print(f"{fault}; looking whether it was done", file=sys.stderr, flush=True)
+        for pause in SETTLE_SECONDS:
+            time.sleep(pause)
+            if found := find():
+                return found
+        return ()
 
     def pages(
         self, doing: str, function: Callable[..., Any], field: str, **keywords: Any
@@ -286,11 +300,13 @@ class Connection:
             raise Fault(
                 self._clean(f"{doing}: {error}"), status=0, passing=False, sent=False
             ) from error
-        last = getattr(self.client, "last_response", None)
-        if last is not None and "html" in (last.getheader("content-type") or ""):
+        last = self.client.last_response
+        kind = last.getheader("content-type") or "nothing"
+        # a log is plain text, and is handed on as it comes
+        if "html" in kind or (last is not answer and "json" not in kind):
             raise Fault(
-                f"{doing}: {self.host} answered with a web page, as a login does: {_HINT}, "
-                "and name the API with --host, as in https://kubeflow.example.org/pipeline",
+                f"{doing}: {self.host} answered with {kind.partition(';')[0]} and not as KFP does, "
+                f"a login page for example: check --host, and {_HINT}",
                 status=200,
                 passing=False,
                 sent=False,
@@ -393,6 +409,14 @@ def _host(given: str | None) -> str:
     return host
 
 
+def _sendable(text: str, source: str, *, spaces: bool = False) -> str:
+    """A credential that fits into a header; the error that HTTP would raise shows it whole."""
+    text = text.strip()
+    if not text.isascii() or not text.isprintable() or (" " in text and not spaces):
+        raise UsageError(f"{source} holds something that is no credential: one line of ASCII is")
+    return text
+
+
 def _in_cluster_token() -> str:
     """The token that the kubelet projects for KFP, as its manifests for notebooks ask for."""
     path = os.environ.get("KF_PIPELINES_SA_TOKEN_PATH", "/var/run/secrets/kubeflow/pipelines/token")
@@ -431,15 +455,6 @@ def _innermost(error: BaseException) -> str:
     if error.args and isinstance(error.args[-1], BaseException):
         return _innermost(error.args[-1])
     return str(error).rpartition("] ")[2] or str(error)
-
-
-def _settle(find: Callable[[], Sequence[T]], fault: Fault) -> Sequence[T]:
-    print(f"{fault}; looking whether it was done", file=sys.stderr, flush=True)
-    for pause in SETTLE_SECONDS:
-        time.sleep(pause)
-        if found := find():
-            return found
-    return ()
 
 
 def _sleep(pause: float, fault: Fault) -> None:

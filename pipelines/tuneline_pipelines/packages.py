@@ -8,11 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from tuneline import __version__
 from tuneline.artifacts import digest_of
 from tuneline.errors import UsageError, did_you_mean
+from tuneline_pipelines import lint
 
 _DIGITS: Final = 12
 
@@ -134,15 +133,9 @@ def read(path: Path) -> Package:
     Raises:
         UsageError: it is no package.
     """
-    try:
-        documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise UsageError(f"{path}: no such file; `tuneline compile` writes packages") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path} can't be read: {' '.join(str(error).split())}") from error
-    package = of(documents)
+    package = of(lint.read(path))
     if package is None:
-        raise UsageError(f"{path} is no compiled pipeline: `tuneline compile` writes those")
+        raise UsageError(f"{path} names no pipeline: `tuneline compile` writes packages")
     return package
 
 
@@ -188,11 +181,17 @@ def read_folder(folder: Path) -> list[Package]:
     return list(found.values())
 
 
-def compile_all() -> dict[str, Package]:
-    """Every pipeline of this tuneline, by name."""
+def compile_all(pools: Path | None = None) -> dict[str, Package]:
+    """Every pipeline of this tuneline, by name.
+
+    Args:
+        pools: file with the node pools that the run forms offer.
+    """
     import tempfile
 
+    from tuneline import pools as node_pools
     from tuneline_pipelines.compile import compile_pipelines
 
     with tempfile.TemporaryDirectory() as folder:
-        return {package.name: package for package in map(read, compile_pipelines(Path(folder)))}
+        written = compile_pipelines(Path(folder), node_pools.read(pools))
+        return {package.name: package for package in map(read, written)}

@@ -150,6 +150,12 @@ def failure_of(connection: Connection, run: Any, steps: Mapping[str, Step]) -> s
         return f"{which} was stopped"
     failed = [task for task in tasks_of(run, steps) if task.state == "FAILED"]
     if not failed:
+        stuck = [name for name in steps if f"{name}-driver" in _failed_nodes(run)]
+        if stuck:
+            return (
+                f"{which} could not start step {stuck[0]}: KFP's driver refused what it asks for. "
+                f"On the cluster: {kubectl(connection, run.run_id)}"
+            )
         said = run.error and run.error.message
         return f"{which} ended as {(run.state or 'unknown').lower()}" + (
             f": {said}" if said else ""
@@ -160,6 +166,11 @@ def failure_of(connection: Connection, run: Any, steps: Mapping[str, Step]) -> s
         f"{which} failed in step {first.label}: {said or 'it left no message'}\n"
         f"(its log: tuneline logs {run.run_id} --step {first.step.name})"
     )
+
+
+def _failed_nodes(run: Any) -> set[str]:
+    details = (run.run_details and run.run_details.task_details) or ()
+    return {detail.display_name for detail in details if detail.state == "FAILED"}
 
 
 def last_words(connection: Connection, run: Any, task: TaskState) -> str:
@@ -245,6 +256,8 @@ def _fnv_1a(data: bytes, state: int) -> int:
 
 
 def _copy(connection: Connection, run_id: str, pod: str, take: Callable[[bytes], object]) -> bool:
+    import urllib3
+
     # Not in the generated client, since it is no gRPC. It answers 200 before it looks, and puts
     # its error into the body.
     def ask(**keywords: Any) -> Any:
@@ -265,9 +278,14 @@ def _copy(connection: Connection, run_id: str, pod: str, take: Callable[[bytes],
             return False
         raise
     first = True
-    for chunk in answer.stream(_LOG_CHUNK_BYTES):
-        if first and chunk.startswith(b'{"error_message"'):
-            return False
-        first = False
-        take(chunk)
+    try:
+        for chunk in answer.stream(_LOG_CHUNK_BYTES):
+            if first and chunk.startswith(b'{"error_message"'):
+                return False
+            first = False
+            take(chunk)
+    except urllib3.exceptions.HTTPError as error:
+        raise ClusterError(f"the log of {pod} broke off: {error}") from error
+    finally:
+        answer.release_conn()
     return not first

@@ -38,6 +38,10 @@ _MARK: Final = re.compile(
     r"^tuneline-schedule group=(?P<group>\S+) digest=(?P<digest>sha256:[0-9a-f]{64})$", re.MULTILINE
 )
 
+_ALWAYS: Final[dict[str, Any]] = {"max_concurrency": "1", "no_catchup": True}
+"""Of every schedule: what was missed is not made up for, and a run that still goes on is waited
+for."""
+
 
 class Schedule(Settings):
     """One schedule. It never catches up on what it missed, and has one run at a time."""
@@ -61,6 +65,17 @@ class Schedule(Settings):
     """Parameters of the pipeline that no recipe sets."""
     enabled: bool = True
     """Whether it fires."""
+
+    @field_validator("overrides", "parameters")
+    @classmethod
+    def _is_json(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"takes what JSON has, a date in quotes for example ({error})"
+            ) from None
+        return value
 
     @field_validator("cron")
     @classmethod
@@ -134,6 +149,7 @@ class Definition:
                 dict(self.parameters),
                 self.experiment,
                 self.service_account,
+                _ALWAYS,
             ]
         )
 
@@ -174,7 +190,7 @@ def _define(
     recipe, name = None, schedule.pipeline
     if schedule.recipe:
         overrides = [
-            f"{section}.{key}={json.dumps(value)}"
+            f"{section}.{key}={json.dumps(value, ensure_ascii=False)}"
             for section, keys in schedule.overrides.items()
             for key, value in keys.items()
         ]
@@ -369,8 +385,7 @@ def _make(connection: Connection, definition: Definition, known: set[str]) -> An
         runtime_config=api.V2beta1RuntimeConfig(parameters=dict(definition.parameters)),
         service_account=definition.service_account or None,
         trigger=api.V2beta1Trigger(cron_schedule=api.V2beta1CronSchedule(cron=definition.cron)),
-        max_concurrency="1",
-        no_catchup=True,
+        **_ALWAYS,
         mode=api.RecurringRunMode.DISABLE,
     )
     service = connection.recurring_runs

@@ -50,6 +50,23 @@ def test_a_token_is_sent_and_never_shown(
     assert SECRET not in printed.out + printed.err
 
 
+@pytest.mark.parametrize("variable", ["KFP_TOKEN", "KFP_COOKIE"])
+@pytest.mark.parametrize("text", [f"{SECRET}\nX-Other: 1", f"{SECRET}\u2019"])
+def test_what_fits_into_no_header_is_refused_and_not_shown(
+    api: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    text: str,
+) -> None:
+    monkeypatch.setenv(variable, text)
+    assert main(["runs"]) == 2
+    error = capsys.readouterr().err
+    assert f"{variable} holds something that is no credential" in error
+    assert SECRET not in error
+    assert not api.requests
+
+
 def test_a_token_file_is_read_again_when_it_changes(
     endpoint: Any, api: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +109,7 @@ def test_a_cookie_identifies_too(
 @pytest.mark.parametrize(
     ("fault", "sentence"),
     [
-        ({"page": True}, "answered with a web page, as a login does"),
+        ({"page": True}, "answered with text/html and not as KFP does, a login page"),
         ({"status": 302, "location": "/dex/auth"}, "does not know who asks (302)"),
         ({"status": 500, "times": 4}, "no healthy upstream (500)"),
     ],
@@ -117,6 +134,22 @@ def test_a_server_that_is_not_there_is_one_sentence(
     monkeypatch.setenv("KFP_HOST", api.host.replace("http", "https"))
     assert main(["runs"]) == 1
     assert "can't be trusted" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_server_that_is_another_one_is_told_apart(
+    endpoint: Any, api: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = api.answer
+
+    def another(method: str, path: str, *rest: Any, **keywords: Any) -> Any:
+        answer(method, path, *rest, **keywords)
+        return "ok"
+
+    api.answer = another
+    assert main(["runs"]) == 1
+    assert f"{endpoint.host} answered with text/plain and not as KFP does" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_lost_answer_to_a_reading_is_asked_for_again(

@@ -100,7 +100,11 @@ def test_a_pipeline_that_all_namespaces_share_is_found(
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [(None, "has no packages"), ("a: 1", "is no compiled pipeline"), ("a: [", "can't be read")],
+    [
+        (None, "has no packages"),
+        ("a: 1", "is no compiled KFP v2 pipeline"),
+        ("a: [", "can't be read"),
+    ],
 )
 def test_a_folder_without_packages_is_refused(
     api: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, sentence: str

@@ -71,6 +71,34 @@ def test_waiting_ends_with_the_runs_own_result(
         assert expected[end] in printed.err
 
 
+def test_a_step_that_could_not_start_is_named(
+    endpoint: Any,
+    api: Any,
+    write_package: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    package, run = endpoint.submit(write_package(), word="hello")
+    endpoint.go(run.run_id, package, ["RUNNING", "FAILED"])
+    _, details = api.courses[run.run_id].moments[1]
+    states = {"say": "RUNTIME_STATE_UNSPECIFIED", "say-driver": "FAILED"}
+    for detail in details:
+        detail["state"] = states.get(detail["display_name"], detail["state"])
+    assert main(["wait", run.run_id]) == 1
+    error = capsys.readouterr().err
+    assert "could not start step say: KFP's driver refused what it asks for" in error
+    assert f"pipeline/runid={run.run_id}" in error
+
+
+def test_pods_are_named_as_kfp_names_their_templates(packages_folder: Path) -> None:
+    steps = packages.read(packages_folder / "finetune-lora.yaml").steps
+    assert steps["check-recipe"].template == "retry-system-container-impl"
+    # one pod label, for the queue
+    assert steps["finetune-lora"].template == "metadata-0-1-retry-system-container-impl"
+    assert steps["finetune-lora"].attempts == 4
+    inside = packages.read(packages_folder / "retrain.yaml").steps
+    assert {"check-retrain", "finetune-chosen", "promote"} <= set(inside)
+
+
 def test_submit_waits_where_it_is_asked_to(
     endpoint: Any,
     api: Any,
@@ -84,13 +112,16 @@ def test_submit_waits_where_it_is_asked_to(
     def started(method: str, path: str, *rest: Any, **keywords: Any) -> Any:
         made = answer(method, path, *rest, **keywords)
         if (method, path) == ("POST", "/apis/v2beta1/runs"):
-            endpoint.go(made["run_id"], package, ["RUNNING", "SUCCEEDED"], step="check-recipe-lora")
+            endpoint.go(made["run_id"], package, ["RUNNING", "SUCCEEDED"], step="check-recipe")
         return made
 
     api.answer = started
     arguments = ["submit", str(recipe_file), "--wait", "--package"]
     assert main([*arguments, str(packages_folder / "finetune-lora.yaml")]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].endswith("succeeded")
+    *_, running, succeeded, end = capsys.readouterr().out.splitlines()
+    assert running.split()[1:] == ["check-recipe", "running"]
+    assert succeeded.split()[1:] == ["check-recipe", "succeeded"]
+    assert end.endswith("succeeded")
 
 
 def test_waiting_outlasts_a_server_that_restarts(

@@ -1,6 +1,7 @@
 """Schedules: the cluster becomes equal to the file, and nothing else is touched."""
 
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,7 @@ def test_an_apply_that_broke_off_is_finished_by_the_next_one(
         ({"recipe": "absent.yaml"}, "absent.yaml: 1 fault"),
         ({"parameters": {"wrod": "x"}}, "has no parameter wrod; it has word. Did you mean 'word'?"),
         ({"pool": "a100"}, "does not choose between node pools"),
+        ({"parameters": {"word": date(2026, 1, 1)}}, "takes what JSON has, a date in quotes"),
         ({"cronn": "x"}, "Did you mean 'cron'?"),
         ({"overrides": {"method": {"rank": 4}}}, "name the recipe that it is about"),
     ],
@@ -313,10 +315,13 @@ def test_a_file_that_is_none_is_refused_before_anything_is_asked(
 
 
 def test_the_example_is_applied_with_its_recipes(
-    api: Any, packages_folder: Path, capsys: pytest.CaptureFixture[str]
+    endpoint: Any, api: Any, packages_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["publish", "--packages", str(packages_folder)]) == 0
-    capsys.readouterr()
+    needed = [
+        packages.read(packages_folder / f"{name}.yaml")
+        for name in ("finetune-lora", "retrain", "promote")
+    ]
+    list(client.publish(endpoint.connect(), needed))
     file = str(ROOT / "examples/schedules.yaml")
     assert main(["schedule", "apply", file]) == 0
     assert set(_actions(capsys)) == {"create"}
@@ -324,7 +329,10 @@ def test_the_example_is_applied_with_its_recipes(
     monthly = held["orders-monthly"]
     assert monthly["runtime_config"]["parameters"]["rank"] == 32
     assert monthly["mode"] == "DISABLE"
-    assert held["orders-nightly"]["runtime_config"]["parameters"]["rank"] == 8
+    nightly = held["orders-nightly"]["runtime_config"]["parameters"]
+    assert nightly["method"] == "lora"
+    assert nightly["overrides"]["method"]["layers"] == [18, 30]
+    assert held["orders-release"]["runtime_config"]["parameters"]["model_name"] == "demo-orders"
 
 
 def _actions(capsys: pytest.CaptureFixture[str]) -> list[str]:
