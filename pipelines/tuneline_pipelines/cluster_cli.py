@@ -164,12 +164,12 @@ def _submit(options: argparse.Namespace) -> int:
     )
     try:
         run, made = client.submit(connection, submission)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as stopped:
         complain(
-            f"interrupted while the run was being made: look for '{submission.name}' in "
+            f"stopped while the run was being made: look for '{submission.name}' in "
             "`tuneline runs` before you submit again"
         )
-        return _EXIT_INTERRUPTED
+        return EXIT_TERMINATED if isinstance(stopped, Terminated) else _EXIT_INTERRUPTED
     which = source.version_name if isinstance(source, client.Version) else "sent with the run"
     print(f"{'submitted' if made else 'was there':<11}{submission.name}")
     print(f"{'pipeline':<11}{package.name} ({which})")

@@ -33,6 +33,7 @@ TOKEN_VARIABLE: Final = "KFP_TOKEN"
 TOKEN_FILE_VARIABLE: Final = "KFP_TOKEN_FILE"
 COOKIE_VARIABLE: Final = "KFP_COOKIE"
 CA_VARIABLE: Final = "KFP_CA_CERT"
+_LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 IN_CLUSTER_HOST: Final = "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
 """Where the standard manifests put the API server."""
 PAUSES_SECONDS: Final = (0.5, 1.0, 2.0, 4.0)
@@ -43,6 +44,7 @@ before the record, and both take seconds at most."""
 PAGE_SIZE: Final = 100
 _TIMEOUT_SECONDS: Final = (10.0, 60.0)
 """To connect, and between two bytes of an answer."""
+_SHORTEST_SECRET: Final = 8
 _LONGEST_MESSAGE: Final = 400
 _HINT: Final = (
     f"set {TOKEN_VARIABLE}, {TOKEN_FILE_VARIABLE} or {COOKIE_VARIABLE} to a login that is valid now"
@@ -102,8 +104,11 @@ class Connection:
             settings.ssl_ca_cert = str(trusted)
         self._identify(settings)
         cookie = _sendable(os.environ.get(COOKIE_VARIABLE, ""), COOKIE_VARIABLE, spaces=True)
-        for part in (cookie, *(pair.partition("=")[2].strip() for pair in cookie.split(";"))):
-            self._keep_secret(part)
+        self._keep_secret(cookie)
+        for pair in cookie.split(";"):
+            value = pair.partition("=")[2].strip()
+            if len(value) >= _SHORTEST_SECRET:  # else every `1` of a message would be struck out
+                self._keep_secret(value)
         self.client = kfp_server_api.ApiClient(settings, cookie=cookie or None)
         self.pipelines = kfp_server_api.PipelineServiceApi(self.client)
         self.uploads = kfp_server_api.PipelineUploadServiceApi(self.client)
@@ -117,8 +122,8 @@ class Connection:
         if token:
             self._keep_secret(token)
             settings.api_key = {"authorization": token}
-        elif file or _in_cluster_token():
-            path = Path(file or _in_cluster_token())
+        elif file or _in_cluster_token(self.host):
+            path = Path(file or _in_cluster_token(self.host))
             if not path.is_file():
                 raise UsageError(f"{TOKEN_FILE_VARIABLE} names {path}, which is no file")
             settings.api_key = {"authorization": "read before each request"}
@@ -236,7 +241,8 @@ class Connection:
                 unclear = unclear or fault.sent
                 if fault.sent and (found := self._settle(find, fault)):
                     return found[0]
-                if pause is None or not fault.passing:
+                # 500 is KFP's own word, mostly for what it refuses, and rarely for half a deed
+                if pause is None or not fault.passing or fault.status == 500:
                     raise Fault(
                         str(fault), status=fault.status, passing=fault.passing, sent=unclear
                     ) from fault
@@ -305,8 +311,10 @@ class Connection:
         # a log is plain text, and is handed on as it comes
         if "html" in kind or (last is not answer and "json" not in kind):
             raise Fault(
-                f"{doing}: {self.host} answered with {kind.partition(';')[0]} and not as KFP does, "
-                f"a login page for example: check --host, and {_HINT}",
+                self._clean(
+                    f"{doing}: {self.host} answered with {kind.partition(';')[0]} and not as KFP "
+                    f"does, a login page for example: check --host, and {_HINT}"
+                ),
                 status=200,
                 passing=False,
                 sent=False,
@@ -417,8 +425,13 @@ def _sendable(text: str, source: str, *, spaces: bool = False) -> str:
     return text
 
 
-def _in_cluster_token() -> str:
-    """The token that the kubelet projects for KFP, as its manifests for notebooks ask for."""
+def _in_cluster_token(host: str) -> str:
+    """The token that the kubelet projects for KFP, as its manifests for notebooks ask for; only for
+    hosts of the cluster, or a forwarded port, since another host must not have it.
+    """
+    name = urlsplit(host).hostname or ""
+    if not (name.endswith((".svc", ".svc.cluster.local")) or name in _LOOPBACK):
+        return ""
     path = os.environ.get("KF_PIPELINES_SA_TOKEN_PATH", "/var/run/secrets/kubeflow/pipelines/token")
     return path if Path(path).is_file() else ""
 

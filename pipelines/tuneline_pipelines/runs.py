@@ -181,6 +181,7 @@ def last_words(connection: Connection, run: Any, task: TaskState) -> str:
     def take(chunk: bytes) -> None:
         nonlocal rest
         *whole, rest = (rest + chunk).split(b"\n")
+        rest = rest[-_LOG_CHUNK_BYTES:]
         lines.extend(line.decode("utf-8", "replace").strip() for line in whole)
         del lines[:-200]
 

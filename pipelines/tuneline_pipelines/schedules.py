@@ -344,7 +344,8 @@ def apply(connection: Connection, todo: Sequence[Change], show: Callable[[Change
             _carry_out(connection, change)
         except ClusterError as error:
             raise ClusterError(
-                f"schedule {change.name}: {error}; run `tuneline schedule apply` again"
+                f"{error}; what was done before stays, and the next `tuneline schedule apply` "
+                "goes on from there"
             ) from error
         show(change)
 

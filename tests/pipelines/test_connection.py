@@ -11,7 +11,7 @@ import pytest
 
 from tuneline_pipelines import runs
 from tuneline_pipelines.cli import main
-from tuneline_pipelines.connection import Fault
+from tuneline_pipelines.connection import Connection, Fault
 
 
 def test_help_loads_neither_kfp_nor_torch() -> None:
@@ -91,6 +91,20 @@ def test_the_token_that_a_pod_is_given_is_used(
     monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
     api.token = "projected"
     assert main(["runs"]) == 0
+
+
+def test_the_token_of_a_pod_goes_to_hosts_of_its_cluster_only(
+    api: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "token").write_text("projected")
+    monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
+    for host, sent in (
+        ("http://ml-pipeline.kubeflow.svc.cluster.local:8888", True),
+        ("https://kubeflow.example.org", False),
+        ("https://ml-pipeline.svc.example.org", False),
+    ):
+        keys = Connection(host).client.configuration.api_key
+        assert ("authorization" in keys) is sent
 
 
 def test_a_cookie_identifies_too(

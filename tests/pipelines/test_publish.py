@@ -61,6 +61,24 @@ def test_a_lost_answer_while_publishing_leaves_one_version(
     assert len(api.versions) == 1
 
 
+def test_kfps_own_client_sees_what_was_made(
+    endpoint: Any, api: Any, write_package: Callable[..., Path]
+) -> None:
+    """The tests' own server is KFP enough for the SDK."""
+    import kfp
+
+    package = packages.read(write_package())
+    list(client.publish(endpoint.connect(), [package]))
+    _, run = endpoint.submit(write_package(), word="hello")
+    with pytest.warns(FutureWarning, match="only works with Kubeflow Pipeline"):
+        sdk = kfp.Client(host=endpoint.host)
+    pipeline_id = sdk.get_pipeline_id(package.name)
+    (version,) = sdk.list_pipeline_versions(pipeline_id).pipeline_versions
+    assert version.display_name == package.version_name
+    assert sdk.get_run(run.run_id).display_name == run.display_name
+    assert [found.run_id for found in sdk.list_runs().runs] == [run.run_id]
+
+
 def test_all_packages_of_tuneline_are_published(
     endpoint: Any, api: Any, packages_folder: Path
 ) -> None:

@@ -69,6 +69,7 @@ def test_a_package_file_goes_with_its_run(
         {"drop": True, "after": True},
         {"status": 502, "after": True},
         {"drop": True},
+        {"status": 500, "after": True},
         {"status": 503},
         {"status": 429},
     ],
@@ -100,6 +101,16 @@ def test_a_submission_that_stays_unclear_says_where_to_look(
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"it may have been done all the same: look for '{recipe_file.stem} " in error
     assert "was lost (Remote end closed connection without response)" in error
+
+
+def test_what_kfp_itself_calls_an_error_is_not_sent_again(
+    api: Any, packages_folder: Path, recipe_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api.fail("POST", "/runs$", status=500)
+    package = packages_folder / "finetune-lora.yaml"
+    assert main(["submit", str(recipe_file), "--package", str(package)]) == 1
+    assert api.count("POST", "/runs$") == 1
+    assert "it may have been done all the same" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_run_that_comes_late_is_stopped(
