@@ -21,6 +21,8 @@ from tuneline_pipelines.connection import Connection, Fault, absent, equals
 from tuneline_pipelines.packages import Package, of
 
 NEWEST: Final = "newest"
+_MOST_NAMES: Final = 20
+"""Of a sentence."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def published(connection: Connection, name: str, version: str = NEWEST) -> Versi
     if found is None:
         known = [v.display_name for v in _versions(connection, pipeline.pipeline_id)]
         raise UsageError(
-            f"{name} has no version '{version}'; it has {', '.join(known[:10]) or 'none'}."
+            f"{name} has no version '{version}'; the newest are {', '.join(known[:5]) or 'none'}."
             f"{did_you_mean(version, known)}"
         )
     package = of(found.pipeline_spec)
@@ -136,8 +138,11 @@ def unpublished(connection: Connection, name: str) -> UsageError:
         **connection.scope,
     )
     known = sorted({p.name or p.display_name for p in pipelines})
+    shown = known[:_MOST_NAMES]
+    if more := known[_MOST_NAMES:]:
+        shown.append(f"{len(more)} more")
     return UsageError(
-        f"pipeline '{name}' is not published; there are {', '.join(known) or 'none'}."
+        f"pipeline '{name}' is not published; there are {', '.join(shown) or 'none'}."
         f"{did_you_mean(name, known)} `tuneline publish` brings tuneline's own"
     )
 
