@@ -42,11 +42,14 @@ def test_a_token_is_sent_and_never_shown(
     assert main(["runs"]) == 0
     api.token = "another"  # the server now quotes the token that it refuses
     assert main(["runs"]) == 1
+    api.fail("GET", "/healthz", status=403, message=f"{SECRET} may not list runs")
+    assert main(["runs"]) == 1
     api.fail("GET", "/healthz", status=500, times=4)
     monkeypatch.setenv("KFP_HOST", f"{api.host}/{SECRET}")
     assert main(["runs"]) == 1
     printed = capsys.readouterr()
     assert "does not know who asks (401): set KFP_TOKEN" in printed.err
+    assert "this login may not ((secret) may not list runs)" in printed.err
     assert SECRET not in printed.out + printed.err
 
 

@@ -1,5 +1,6 @@
 """Submitting runs to KFP: one run for one request, of what the recipe says."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,57 @@ def test_faults_of_a_recipe_are_found_before_the_server_is_asked(
     assert main(["submit", str(recipe_file), "--set", "training.epoch=2"]) == 2
     assert "Did you mean 'epochs'?" in capsys.readouterr().err
     assert not api.requests
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "further", "expected"),
+    [
+        ("retrain", ["--pool", "cpu"], {"method": "lora", "gpu_pool": "cpu"}),
+        ("compare", ["--methods", "lora, bitfit"], {"methods": ["lora", "bitfit"]}),
+        ("compare", [], {"methods": ["all"]}),
+    ],
+)
+def test_the_other_pipelines_take_a_recipe_too(
+    endpoint: Any,
+    packages_folder: Path,
+    recipe_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    pipeline: str,
+    further: list[str],
+    expected: dict[str, Any],
+) -> None:
+    package = str(packages_folder / f"{pipeline}.yaml")
+    arguments = ["submit", str(recipe_file), "--pipeline", pipeline, "--package", package]
+    assert main([*arguments, *further]) == 0
+    parameters = _run_of(endpoint, capsys).runtime_config.parameters
+    assert expected.items() <= parameters.items()
+    assert parameters["overrides"]["gate"]["min_gain"] == 0.3
+
+
+def test_with_several_users_all_is_in_the_namespace(
+    api: Any, packages_folder: Path, recipe_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api.multi_user = True
+    submit = ["submit", str(recipe_file), "--package", str(packages_folder / "finetune-lora.yaml")]
+    assert main([*submit, "--namespace", "team-a"]) == 0
+    assert main([*submit, "--namespace", "team-b"]) == 0
+    assert sorted(e["namespace"] for e in api.experiments.values()) == ["team-a", "team-b"]
+    capsys.readouterr()
+    assert main(["runs", "--namespace", "team-a", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 1
+    assert main(["schedule", "list", "--namespace", "team-a", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_an_experiment_of_any_name_is_made_once(
+    endpoint: Any, api: Any, packages_folder: Path, recipe_file: Path
+) -> None:
+    name = '50% more + \u00e9t\u00e9 & "co"'
+    arguments = ["submit", str(recipe_file), "--experiment", name]
+    for _ in range(2):
+        assert main([*arguments, "--package", str(packages_folder / "finetune-lora.yaml")]) == 0
+    assert [one["display_name"] for one in api.experiments.values()] == [name]
+    assert len(api.runs) == 2
 
 
 def test_what_is_not_published_is_compiled_and_sent_with_the_run(
