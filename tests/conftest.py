@@ -27,8 +27,12 @@ CHATML = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`make golden` passes this."""
+    """`make golden` passes the first; the others name a KFP to test the client against."""
     parser.addoption("--update-golden", action="store_true", help="rewrite the golden files")
+    parser.addoption(
+        "--kfp-host", metavar="URL", help="a real KFP instead of the tests' own server"
+    )
+    parser.addoption("--kfp-namespace", metavar="NS", help="where that KFP has several users")
 
 
 @pytest.fixture(autouse=True)

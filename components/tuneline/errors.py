@@ -10,6 +10,7 @@
     |-- TrainingError             1   training can't go on
     |-- MergeError                1   merged weights are not what the adapter computes
     |-- StorageError              1   object store
+    |-- ClusterError              1   Kubeflow Pipelines, or a run there
     `-- RegistryError             1   MLflow tracking or registry
         `-- ConflictError         1   another promotion was first
 
@@ -79,6 +80,10 @@ class MergeError(TunelineError):
 
 class StorageError(TunelineError):
     """An object store can't be reached, refuses, or holds something else."""
+
+
+class ClusterError(TunelineError):
+    """Kubeflow Pipelines can't be reached or refuses, or a run there failed."""
 
 
 class RegistryError(TunelineError):

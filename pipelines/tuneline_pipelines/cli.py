@@ -22,7 +22,7 @@ from tuneline import __version__
 from tuneline.errors import EXIT_FAILED, EXIT_TERMINATED, Terminated, TunelineError, UsageError
 from tuneline.progress import complain, minutes
 from tuneline.termination import raise_on_sigterm
-from tuneline_pipelines import methods_cli, registry_cli
+from tuneline_pipelines import cluster_cli, methods_cli, registry_cli
 
 _EXIT_INTERRUPTED = 130
 
@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_merge(commands)
     registry_cli.add_commands(commands)
     methods_cli.add_commands(commands)
+    cluster_cli.add_commands(commands)
     _add_fetch_model(commands)
     _add_compile(commands)
     _add_lint(commands)
