@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Package:
+class Compiled:
     """A compiled pipeline."""
 
     name: str
@@ -78,7 +78,7 @@ def compile_pipelines(
     return _write(packages, out)
 
 
-def package_of(pipeline: BaseComponent, choices: Mapping[str, Sequence[str]]) -> Package:
+def package_of(pipeline: BaseComponent, choices: Mapping[str, Sequence[str]]) -> Compiled:
     """Compile one pipeline.
 
     Args:
@@ -100,10 +100,10 @@ def package_of(pipeline: BaseComponent, choices: Mapping[str, Sequence[str]]) ->
         if name in inputs:
             inputs[name]["literals"] = list(values)
     heading = "\n".join(line for line in text.splitlines() if line.startswith("#"))
-    return Package(pipeline.name, heading, documents)
+    return Compiled(pipeline.name, heading, documents)
 
 
-def _write(packages: Sequence[Package], out: Path) -> list[Path]:
+def _write(packages: Sequence[Compiled], out: Path) -> list[Path]:
     written: list[Path] = []
     try:
         out.mkdir(parents=True, exist_ok=True)
