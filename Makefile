@@ -39,8 +39,8 @@ demo: $(STAMP) ## run the whole line on a laptop: prepare, fine-tune, evaluate, 
 	"$(BIN)/tuneline" fetch-model demo
 	"$(BIN)/tuneline" run examples/demo.yaml --workdir "$(WORKDIR)"
 
-test: $(STAMP) ## run the tests
-	"$(BIN)/python" -m pytest
+test: $(STAMP) ## run the tests, a file of them on each core
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n auto --dist loadfile
 
 lint: $(STAMP) ## check style and types
 	"$(BIN)/ruff" check
