@@ -16,10 +16,10 @@ PIP = "$(BIN)/python" -m pip --disable-pip-version-check $(PIP_FLAGS)
 pinned = $(1)==$(shell sed -n 's/^$(1)==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format checks golden compile mlflow clean
+.PHONY: help setup demo test lint format checks golden compile kind-up e2e mlflow clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1@\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F@ '{printf "%-12s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  \1@\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F@ '{printf "%-12s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## make .venv with everything pinned by constraints.txt
 
@@ -58,6 +58,12 @@ golden: $(STAMP) ## regenerate the golden files of the compiled pipelines
 
 compile: $(STAMP) ## compile the pipelines for a cluster into build/
 	"$(BIN)/tuneline" compile --out build
+
+kind-up: ## bring up kind with Kubeflow Pipelines, MLflow and the image; needs docker, kind, kubectl
+	manifests/kind/up.sh
+
+e2e: $(STAMP) ## run all pipelines on the cluster that KFP_HOST and MLFLOW_TRACKING_URI name
+	"$(BIN)/python" -m pytest tests/e2e -m cluster --kfp-host "$(KFP_HOST)" --mlflow-uri "$(MLFLOW_TRACKING_URI)"
 
 mlflow: $(STAMP) ## open the MLflow UI on the demo's store
 	"$(BIN)/mlflow" ui --backend-store-uri "sqlite:///$(WORKDIR)/mlflow.db"

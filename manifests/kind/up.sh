@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# A cluster in Docker with Kubeflow Pipelines, MLflow and tuneline's image, to try things on.
+# Needs docker, kind and kubectl, 16 GB of memory, and the network: KFP's images come from theirs.
+# Called again, it goes on where it stopped. `kind delete cluster --name tuneline` removes it all.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+name=${KIND_CLUSTER:-tuneline}
+kfp=2.17.0
+image=${TUNELINE_IMAGE:-tuneline:$(sed -n 's/^__version__ = "\(.*\)"/\1/p' components/tuneline/__init__.py)-python3.11}
+kubectl=(kubectl --context "kind-$name")
+
+for tool in docker kind kubectl; do
+    command -v "$tool" > /dev/null || { echo "error: $tool is not installed" >&2; exit 2; }
+done
+
+kind get clusters 2> /dev/null | grep -qx "$name" || kind create cluster --name "$name" --wait 5m
+docker build -f images/tuneline/Dockerfile -t "$image" .
+kind load docker-image "$image" --name "$name"
+
+manifests=github.com/kubeflow/pipelines/manifests/kustomize
+"${kubectl[@]}" apply -k "$manifests/cluster-scoped-resources?ref=$kfp"
+"${kubectl[@]}" wait --for condition=established --timeout 120s crd/applications.app.k8s.io
+"${kubectl[@]}" apply -k "$manifests/env/platform-agnostic?ref=$kfp"
+
+kubectl kustomize manifests/kind |
+    sed "s|image: tuneline\$|image: $image|" |
+    "${kubectl[@]}" apply -f -
+
+for deployment in ml-pipeline ml-pipeline-ui tuneline-mlflow; do
+    "${kubectl[@]}" -n kubeflow rollout status "deployment/$deployment" --timeout 20m
+done
+
+cat << END
+
+KFP:     kubectl --context kind-$name -n kubeflow port-forward svc/ml-pipeline-ui 8080:80
+MLflow:  kubectl --context kind-$name -n kubeflow port-forward svc/tuneline-mlflow 5000:5000
+then:    export KFP_HOST=http://localhost:8080 MLFLOW_TRACKING_URI=http://localhost:5000
+         export TUNELINE_IMAGE=$image
+         tuneline publish && tuneline submit examples/demo.yaml --pool cpu --wait
+tests:   make e2e
+END
