@@ -432,7 +432,8 @@ def check_compare(
     """Check a comparison's form and every leg.
 
     Returns:
-        The base model, the sections data, evaluation and gate, and the legs.
+        The base model, the sections data and evaluation, and the legs. Each leg holds all that it
+        needs: in a loop kfp.local hands the item in for every output of an earlier task.
     """
     from tuneline.compare.legs import legs_of
 
@@ -447,8 +448,17 @@ def check_compare(
         report(f"legs: {', '.join(leg['name'] for leg in legs)}")
         return (
             resolved["model"]["base_model"],
-            *(resolved[section] for section in ("data", "evaluation", "gate")),
-            legs,
+            resolved["data"],
+            resolved["evaluation"],
+            [
+                {
+                    **leg,
+                    "base_model": resolved["model"]["base_model"],
+                    "evaluation": resolved["evaluation"],
+                    "gate": resolved["gate"],
+                }
+                for leg in legs
+            ],
         )
 
 

@@ -54,19 +54,18 @@ def build(place: Place, *, parallelism: int, default_pool: str) -> dsl.base_comp
         )
         pool = resolve_pool(**run, gpu_pool=gpu_pool).after(checked)
         shared = {**run, "base_model": checked.outputs["base_model"]}
-        evaluation, gate = checked.outputs["evaluation"], checked.outputs["gate"]
         prepared = prepare_data(**shared, data=checked.outputs["data"]).after(pool)
         measured = measure_base(
-            **shared, dataset=prepared.outputs["dataset"], evaluation=evaluation
+            **shared, dataset=prepared.outputs["dataset"], evaluation=checked.outputs["evaluation"]
         )
-        with dsl.ParallelFor(checked.outputs["legs"], name="legs", parallelism=parallelism) as leg:
+        with dsl.ParallelFor(
+            checked.outputs["Output"], name="legs", parallelism=parallelism
+        ) as leg:
             tuned = finetune_leg(
-                **shared,
+                **run,
                 leg=leg,
                 dataset=prepared.outputs["dataset"],
                 base_scores=measured.outputs["base_scores"],
-                evaluation=evaluation,
-                gate=gate,
             )
             place(tuned, pool.outputs)
         ranked = leaderboard(**run, rows=dsl.Collected(tuned.outputs["Output"]))

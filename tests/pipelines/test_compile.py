@@ -193,4 +193,4 @@ def test_legs_run_side_by_side_and_are_collected(comparison: tuple[dict, dict]) 
                           "for-loop-1", "leaderboard"}  # fmt: skip
     loop = tasks["for-loop-1"]
     assert "iteratorPolicy" not in loop  # all at once
-    assert loop["parameterIterator"]["items"]["inputParameter"].endswith("check-compare-legs")
+    assert loop["parameterIterator"]["items"]["inputParameter"].endswith("check-compare-Output")

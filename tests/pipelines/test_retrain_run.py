@@ -16,13 +16,15 @@ pytestmark = pytest.mark.slow
 def recipe_file(
     tiny_model: Path, chats_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
+    """Fruit of numbers 0 to 8 to learn from, of the others to test with."""
     folder = tmp_path_factory.mktemp("retrain")
-    data = folder / "chats.jsonl"
-    data.write_text(chats_file.read_text())
+    lines = chats_file.read_text().splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(lines[:180]))
+    (folder / "test.jsonl").write_text("".join(lines[180:]))
     path = folder / "tiny.yaml"
     recipe = {
         "model": {"base_model": str(tiny_model)},
-        "data": {"train": str(data), "test_fraction": 0.25},
+        "data": {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")},
         "method": {"name": "lora", "target_modules": ["all-linear"], "rank": 16, "alpha": 32},
         "training": {"epochs": 8, "learning_rate": 0.01, "batch_tokens": 512, "evaluations": 1},
         "evaluation": {"metrics": ["exact_match"], "general_text": False},
@@ -33,15 +35,18 @@ def recipe_file(
     return path
 
 
+def tuneline(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tuneline_pipelines.cli", *arguments],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+    )  # fmt: skip
+
+
 def retrain(recipe_file: Path, *more: str) -> tuple[dict, str]:
     """The outcome, and what a person read."""
     workdir = recipe_file.parent / "work"
-    done = subprocess.run(
-        [sys.executable, "-m", "tuneline_pipelines.cli", "retrain", str(recipe_file), "--workdir",
-         str(workdir), *more],
-        capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
+    done = tuneline("retrain", str(recipe_file), "--workdir", str(workdir), *more)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((workdir / "retrain.json").read_text()), done.stdout
 
@@ -50,7 +55,9 @@ def steps_of(text: str) -> list[str]:
     return [line.removeprefix("== ") for line in text.splitlines() if line.startswith("== ")]
 
 
-def test_unchanged_work_is_done_once_and_changed_work_again(recipe_file: Path) -> None:
+def test_new_work_is_done_once_worse_work_is_refused_and_a_rollback_stays(
+    recipe_file: Path,
+) -> None:
     first, text = retrain(recipe_file)
     assert steps_of(text) == [
         "check_retrain", "resolve_pool", "prepare_data", "finetune_lora", "evaluate", "merge",
@@ -65,32 +72,52 @@ def test_unchanged_work_is_done_once_and_changed_work_again(recipe_file: Path) -
     assert second["key"] == first["key"]
     assert "colours version 1, gate passed, alias challenger, champion" in second["reason"]
 
-    data = recipe_file.parent / "chats.jsonl"
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
-    for row in rows[:20]:  # what a person would ask for beside the old ones
-        row["messages"][0]["content"] = f"again: {row['messages'][0]['content']}"
-    with data.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows[:20])
+    data = recipe_file.parent / "train.jsonl"
+    good = data.read_text()
+    rows = [json.loads(line) for line in good.splitlines()]
+    more = "".join(
+        json.dumps({"messages": [{**question, "content": f"again: {question['content']}"}, answer]})
+        + "\n"
+        for question, answer in (row["messages"] for row in rows[:20])
+    )
+    data.write_text(good + more)
     waiting, text = retrain(recipe_file, "--set", "retrain.min_new_rows=50")
     assert steps_of(text) == ["check_retrain"]
     assert "no trigger is met: new rows 20 of 50" in waiting["reason"]
 
     third, text = retrain(recipe_file)
-    assert third["action"] == "train" and third["version"] == 2
-    assert third["reason"] == "the data changed (260 rows to train on, 240 before)"
-    assert "champion" in text and third["key"] != first["key"]
+    assert (third["action"], third["version"]) == ("train", 2)
+    assert third["reason"] == "the data changed (200 rows to train on, 180 before)"
     assert "champion" in third["aliases"], text
+
+    for row in rows:
+        row["messages"][1]["content"] = "grey"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    worse, text = retrain(recipe_file)
+    assert (worse["action"], worse["version"], worse["gate"]) == ("train", 3, "refused")
+    assert worse["aliases"] == ["challenger"]
 
     import mlflow
 
     client = mlflow.MlflowClient(third["tracking_uri"])
+    assert client.get_registered_model("colours").aliases["champion"] == 2
+    rolled_back = tuneline("rollback", "colours", MLFLOW_TRACKING_URI=third["tracking_uri"])
+    assert rolled_back.returncode == 0, rolled_back.stderr
+    assert client.get_registered_model("colours").aliases["champion"] == 1
+    # a schedule does not undo it: that work was done
+    data.write_text(good + more)
+    undone, text = retrain(recipe_file)
+    assert steps_of(text) == ["check_retrain"] and undone["version"] == 2
+    assert client.get_registered_model("colours").aliases["champion"] == 1
+
     versions = client.search_model_versions("name = 'colours'")
-    assert sorted(int(version.version) for version in versions) == [1, 2]
+    assert sorted(int(version.version) for version in versions) == [1, 2, 3]
     ledger = client.search_model_versions("name = 'colours.retrain'")
-    assert sorted(version.tags["tuneline.retrain_key"] for version in ledger) == sorted(
-        [first["key"], third["key"]]
-    )
+    assert {version.tags["tuneline.retrain_key"] for version in ledger} == {
+        first["key"], third["key"], worse["key"]
+    }  # fmt: skip
+    assert len(ledger) == 3
     experiment = client.get_experiment_by_name("colours")
     assert experiment is not None
     parents = client.search_runs([experiment.experiment_id], "tags.`kfp.task` = 'pipeline'")
-    assert {run.info.status for run in parents} == {"FINISHED"} and len(parents) == 4
+    assert {run.info.status for run in parents} == {"FINISHED"} and len(parents) == 6

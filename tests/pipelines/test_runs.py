@@ -170,6 +170,8 @@ def test_an_interrupted_wait_says_that_the_run_goes_on(
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "KFP_HOST": api.host},
+        # a shell's background jobs, and what they start, ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     path = f"/runs/{run.run_id}$"
     while api.count("GET", path) < 2:

@@ -26,8 +26,7 @@ def check_compare(
         ("base_model", str),
         ("data", dict),
         ("evaluation", dict),
-        ("gate", dict),
-        ("legs", List[dict]),  # noqa: UP006
+        ("Output", List[dict]),  # noqa: UP006  the legs: kfp.local loops over no other name
     ],
 ):
     """Fail with every fault of the recipe and its legs, or return the legs."""
@@ -77,12 +76,9 @@ def measure_base(
 def finetune_leg(
     run_id: str,
     experiment: str,
-    base_model: str,
     leg: dict,
     dataset: dsl.Input[dsl.Dataset],
     base_scores: dsl.Input[dsl.Artifact],
-    evaluation: dict,
-    gate: dict,
     adapter: dsl.Output[dsl.Model],
     eval_report: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
@@ -93,11 +89,11 @@ def finetune_leg(
     row = steps.guard(
         steps.compare_leg,
         leg=leg,
-        base_model=base_model,
+        base_model=leg["base_model"],
         dataset=dataset.path,
         base_scores=base_scores.path,
-        evaluation=evaluation,
-        gate=gate,
+        evaluation=leg["evaluation"],
+        gate=leg["gate"],
         adapter=adapter.path,
         eval_report=eval_report.path,
         run_id=run_id,
