@@ -17,6 +17,7 @@ from typing import Any, Final
 from tuneline.errors import UsageError
 
 RULES: Final[dict[str, str]] = {
+    "runs-something": "a package has tasks, and what each of them runs",
     "input-exists": "an input is taken from where there is one",
     "resource-is-passed": "a parameter that a resource refers to is an input of its task",
     "resource-is-string": "a parameter of a resource is a STRING",
@@ -93,9 +94,19 @@ def check(documents: Sequence[Any], *, release: bool = False) -> list[Finding]:
         release: whether images must be named by digest.
     """
     package = _Package(documents)
-    findings = [
+    findings = [] if any(True for _ in package.tasks()) else [_EMPTY]
+    findings += [
         finding
-        for rule in (_inputs, _resources, _nulls, _containers, _accelerators, _effects, _importers)
+        for rule in (
+            _runs,
+            _inputs,
+            _resources,
+            _nulls,
+            _containers,
+            _accelerators,
+            _effects,
+            _importers,
+        )
         for task in package.tasks()
         for finding in rule(package, task)
     ]
@@ -224,6 +235,26 @@ class _Package:
             return "STRING" if isinstance(source["runtimeValue"].get("constant"), str) else "NUMBER"
         definitions = _map(_map(task.component.get("inputDefinitions")).get("parameters"))
         return str(_map(definitions.get(name)).get("parameterType", ""))
+
+
+_MADE_AGAIN: Final = "compile it again: this is not what kfp's compiler writes"
+_EMPTY: Final = Finding("runs-something", _ROOT, "the pipeline has no task", _MADE_AGAIN)
+
+
+def _runs(package: _Package, task: _Task) -> Iterator[Finding]:
+    """What is not there can't be checked, and must not pass for checked."""
+    reference = str(_map(task.spec.get("componentRef")).get("name", ""))
+    if not task.component:
+        fault = f"it runs component '{reference}', which the package does not have"
+    elif "dag" in task.component or _runs_what(package.executors.get(task.executor)):
+        return
+    else:
+        fault = f"executor '{task.executor}' has neither a container nor an importer"
+    yield Finding("runs-something", task.path, fault, _MADE_AGAIN)
+
+
+def _runs_what(executor: Any) -> bool:
+    return any(isinstance(inner, Mapping) for inner in _map(executor).values())
 
 
 _GROUP_FIX: Final = (

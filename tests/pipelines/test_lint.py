@@ -308,19 +308,24 @@ def test_what_is_no_package_is_refused(text: str, sentence: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "broken",
+    ("broken", "fault"),
     [
-        {"components": None},
-        {"components": {"comp-work": None}},
-        {"deploymentSpec": {"executors": {"exec-work": {"container": "x"}}}},
-        {"root": {"dag": {"tasks": {"work": None}}}},
-        {"root": "x"},
+        ({"components": None}, "component 'comp-work', which the package does not have"),
+        ({"components": {"comp-work": None}}, "component 'comp-work'"),
+        (
+            {"deploymentSpec": {"executors": {"exec-work": {"container": "x"}}}},
+            "executor 'exec-work' has neither",
+        ),
+        ({"deploymentSpec": {}}, "executor 'exec-work' has neither"),
+        ({"root": {"dag": {"tasks": {"work": None}}}}, "component '', which the package"),
+        ({"root": "x"}, "the pipeline has no task"),
     ],
 )
-def test_a_mangled_package_does_not_stop_the_linter(broken: dict, tmp_path: Path) -> None:
+def test_a_mangled_package_does_not_pass(broken: dict, fault: str, tmp_path: Path) -> None:
     documents = compiled(sound, tmp_path)
     documents[0].update(broken)
-    lint.check(documents)
+    sentences = [str(f) for f in lint.check(documents) if f.rule == "runs-something"]
+    assert any(fault in sentence for sentence in sentences), sentences
 
 
 def test_the_command_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
