@@ -10,7 +10,7 @@ from kfp import dsl
 from tuneline.finetune.methods import Method
 from tuneline.form import shown_of
 from tuneline.generated import component, outputs_of, signature_of, values_of
-from tuneline.images import TUNELINE
+from tuneline.images import CPU
 
 
 def check_recipe(method: Method) -> Any:
@@ -64,10 +64,11 @@ def check_recipe(
         experiment=experiment,
     )
 ''',
+        CPU,
     )
 
 
-@dsl.component(base_image=TUNELINE, install_kfp_package=False)
+@dsl.component(base_image=CPU, install_kfp_package=False)
 def resolve_pool(run_id: str, experiment: str, gpu_pool: str) -> NamedTuple(
     "Placement",
     [

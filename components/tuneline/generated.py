@@ -18,7 +18,6 @@ from kfp import dsl
 
 from tuneline.finetune.methods import Method
 from tuneline.form import hyperparameters_of
-from tuneline.images import TUNELINE
 
 
 def signature_of(parameters: Iterable[inspect.Parameter]) -> str:
@@ -37,7 +36,7 @@ def outputs_of(method: Method) -> str:
     return "".join(f'("{p.name}", {p.annotation.__name__}), ' for p in hyperparameters_of(method))
 
 
-def component(name: str, source: str) -> Any:
+def component(name: str, source: str, image: str) -> Any:
     """A component from the text of the function `name`; `dsl` and `NamedTuple` are known in it."""
     filename = f"<tuneline component {name}>"
     # inspect.getsource, which KFP calls, looks for text that is in no file here
@@ -47,4 +46,4 @@ def component(name: str, source: str) -> Any:
     # the text is ours, from METHODS; KFP can't read annotations that this file's import would delay
     exec(compile(source, filename, "exec", dont_inherit=True), module.__dict__)
     function: Callable[..., Any] = module.__dict__[name]
-    return dsl.component(function, base_image=TUNELINE, install_kfp_package=False)
+    return dsl.component(function, base_image=image, install_kfp_package=False)

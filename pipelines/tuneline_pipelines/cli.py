@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import textwrap
@@ -89,6 +90,11 @@ def _add_run(commands: Any) -> None:
     run.add_argument(
         "--workdir", type=Path, metavar="DIR", help="work folder (default: tuneline-runs/NAME)"
     )
+    run.add_argument(
+        "--image",
+        metavar="NAME",
+        help="run each step in a container of this image, read-only and without a network",
+    )
     run.add_argument("--quiet", action="store_true", help="print the final table only")
     run.set_defaults(command=_run)
 
@@ -105,13 +111,15 @@ def _add_set(parser: argparse.ArgumentParser, form: str) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.image:
+        os.environ["TUNELINE_IMAGE"] = options.image  # before a component reads it
     from tuneline import recipe
 
     resolved = recipe.read(options.recipe, options.overrides)
     from tuneline_pipelines.local import run_recipe
 
     workdir = options.workdir or Path("tuneline-runs") / options.recipe.stem
-    summary = run_recipe(resolved, workdir, quiet=options.quiet)
+    summary = run_recipe(resolved, workdir, contained=bool(options.image), quiet=options.quiet)
     print(final_table(summary))
     return 0
 
@@ -334,12 +342,20 @@ def _add_compile(commands: Any) -> None:
         help="pools.yaml whose pools the run forms offer (default: TUNELINE_POOLS, or built in)",
     )
     compile_.add_argument(
+        "--images",
+        type=Path,
+        metavar="FILE",
+        help="images.lock with a reference for each image (default: TUNELINE_IMAGES, or tags)",
+    )
+    compile_.add_argument(
         "--release", action="store_true", help="refuse images that are not named by digest"
     )
     compile_.set_defaults(command=_compile)
 
 
 def _compile(options: argparse.Namespace) -> int:
+    if options.images:
+        os.environ["TUNELINE_IMAGES"] = str(options.images)  # before a component reads it
     from tuneline import pools
     from tuneline_pipelines.compile import compile_pipelines
 

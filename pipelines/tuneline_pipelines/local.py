@@ -99,8 +99,17 @@ class Console(io.TextIOBase):
             self._on_tick = False
 
 
-def run_recipe(recipe: Recipe, workdir: Path, *, quiet: bool = False) -> dict[str, Any]:
+def run_recipe(
+    recipe: Recipe, workdir: Path, *, contained: bool = False, quiet: bool = False
+) -> dict[str, Any]:
     """Run the pipeline; returns the summary, which is also written to the work folder.
+
+    Args:
+        recipe: to run.
+        workdir: for everything that comes out.
+        contained: run each step in a container of its component's image (`TUNELINE_IMAGE` names
+            one for all) instead of this environment.
+        quiet: show nothing while it runs.
 
     Raises:
         TunelineError: the work folder can't be written.
@@ -120,6 +129,7 @@ def run_recipe(recipe: Recipe, workdir: Path, *, quiet: bool = False) -> dict[st
         lambda pipeline: arguments_for(pipeline, recipe),
         workdir,
         (SUMMARY,),
+        contained=recipe if contained else None,
         quiet=quiet,
     )
     wall_seconds = time.monotonic() - started
@@ -238,6 +248,7 @@ def _run(
     workdir: Path,
     results: Sequence[str],
     *,
+    contained: Recipe | None = None,
     quiet: bool,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Run a pipeline; returns its outputs, and what its steps recorded.
@@ -247,9 +258,10 @@ def _run(
         arguments: gives the parameters of the pipeline.
         workdir: absolute.
         results: files in it that an earlier run may have left.
+        contained: the recipe, where the steps are to run in containers.
         quiet: show nothing while it runs.
     """
-    if any(character.isspace() for character in sys.executable):
+    if contained is None and any(character.isspace() for character in sys.executable):
         raise TunelineError(
             f"the interpreter's path '{sys.executable}' has white space in it, and KFP's local "
             "runner can't start that: set tuneline up in a folder without"
@@ -270,7 +282,7 @@ def _run(
         os.environ["TUNELINE_CHECKPOINTS"] = str(workdir / "checkpoints")
     with log, _children_stop_with_us():
         console = Console(sys.stdout, log, quiet=quiet)
-        return _run_in(workdir, console, build, arguments), console.records
+        return _run_in(workdir, console, build, arguments, contained), console.records
 
 
 def _run_in(
@@ -278,12 +290,20 @@ def _run_in(
     console: Console,
     build: Callable[[], Any],
     arguments: Callable[[Any], dict[str, Any]],
+    contained: Recipe | None,
 ) -> dict[str, Any]:
     from kfp import local
 
-    local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(workdir / "kfp"))
+    from tuneline_pipelines import containers
+
+    runner = (
+        local.SubprocessRunner(use_venv=False)
+        if contained is None
+        else containers.runner(contained, workdir)
+    )
+    local.init(runner=runner, pipeline_root=str(workdir / "kfp"))
     try:
-        with contextlib.redirect_stdout(console):
+        with contextlib.redirect_stdout(console), containers.waited_for():
             pipeline = build()
             task = pipeline(**arguments(pipeline))
     except RuntimeError as error:

@@ -14,7 +14,7 @@ from kfp.dsl import PipelineTask
 
 from tuneline.checkpoints_root import ROOT_VARIABLE, remote_root
 from tuneline.finetune.methods import METHODS
-from tuneline.images import TUNELINE
+from tuneline.images import GPU
 from tuneline.pools import VARIABLE as POOLS_VARIABLE
 
 RETRIES: Final = 3
@@ -114,7 +114,7 @@ def on_cluster(shm: str) -> Place:
         if task.name.startswith(_POOL_TASK):
             kubernetes.use_config_map_as_volume(task, POOLS, POOLS_PATH, optional=True)
             task.set_env_variable(POOLS_VARIABLE, f"{POOLS_PATH}/pools.yaml")
-        task.set_env_variable("TUNELINE_IMAGE", TUNELINE)
+        task.set_env_variable("TUNELINE_IMAGE", GPU)
         if pool is None:
             kubernetes.set_timeout(task, TIMEOUT_SECONDS)
         else:

@@ -6,10 +6,10 @@ from typing import List, NamedTuple  # noqa: UP035  KFP reads the elements' type
 
 from kfp import dsl
 
-from tuneline.images import TUNELINE
+from tuneline.images import CPU, GPU
 
 
-@dsl.component(base_image=TUNELINE, install_kfp_package=False)
+@dsl.component(base_image=CPU, install_kfp_package=False)
 def check_compare(
     run_id: str,
     base_model: str,
@@ -49,7 +49,7 @@ def check_compare(
     )
 
 
-@dsl.component(base_image=TUNELINE, install_kfp_package=False)
+@dsl.component(base_image=GPU, install_kfp_package=False)
 def measure_base(
     run_id: str,
     experiment: str,
@@ -72,7 +72,7 @@ def measure_base(
     )
 
 
-@dsl.component(base_image=TUNELINE, install_kfp_package=False)
+@dsl.component(base_image=GPU, install_kfp_package=False)
 def finetune_leg(
     run_id: str,
     experiment: str,
@@ -105,7 +105,7 @@ def finetune_leg(
     return row
 
 
-@dsl.component(base_image=TUNELINE, install_kfp_package=False)
+@dsl.component(base_image=CPU, install_kfp_package=False)
 def leaderboard(
     run_id: str,
     experiment: str,

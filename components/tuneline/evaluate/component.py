@@ -2,10 +2,10 @@
 
 from kfp import dsl
 
-from tuneline.images import TUNELINE
+from tuneline.images import GPU
 
 
-@dsl.component(base_image=TUNELINE, install_kfp_package=False)
+@dsl.component(base_image=GPU, install_kfp_package=False)
 def evaluate(
     run_id: str,
     experiment: str,

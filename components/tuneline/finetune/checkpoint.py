@@ -74,7 +74,7 @@ def run_identity(
         "prepared_dataset": dataset_digest,
         "method": method.model_dump(mode="json"),
         "training": training.model_dump(mode="json", exclude=set(_POLICY_KEYS)),
-        "image": images.TUNELINE,
+        "image": images.GPU,
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
 

@@ -8,7 +8,7 @@ from kfp import dsl
 from tuneline.finetune.methods import Method
 from tuneline.form import hyperparameters_of
 from tuneline.generated import component, signature_of, values_of
-from tuneline.images import TUNELINE
+from tuneline.images import GPU
 
 
 def finetune(method: Method) -> Any:
@@ -40,10 +40,11 @@ def {name}(
         experiment=experiment,
     )
 ''',
+        GPU,
     )
 
 
-@dsl.component(base_image=TUNELINE, install_kfp_package=False)
+@dsl.component(base_image=GPU, install_kfp_package=False)
 def finetune_chosen(
     run_id: str,
     experiment: str,

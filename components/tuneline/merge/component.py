@@ -2,10 +2,10 @@
 
 from kfp import dsl
 
-from tuneline.images import TUNELINE
+from tuneline.images import CPU
 
 
-@dsl.component(base_image=TUNELINE, install_kfp_package=False)
+@dsl.component(base_image=CPU, install_kfp_package=False)
 def merge(
     run_id: str,
     experiment: str,

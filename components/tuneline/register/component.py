@@ -2,10 +2,10 @@
 
 from kfp import dsl
 
-from tuneline.images import TUNELINE
+from tuneline.images import CPU
 
 
-@dsl.component(base_image=TUNELINE, install_kfp_package=False)
+@dsl.component(base_image=CPU, install_kfp_package=False)
 def register(
     run_id: str,
     experiment: str,
@@ -28,7 +28,7 @@ def register(
     )
 
 
-@dsl.component(base_image=TUNELINE, install_kfp_package=False)
+@dsl.component(base_image=CPU, install_kfp_package=False)
 def promote(run_id: str, experiment: str, registry: dict, version: int) -> str:
     """Make the version champion if its gate passed; returns the alias, empty when refused."""
     from tuneline import steps
@@ -42,7 +42,7 @@ def promote(run_id: str, experiment: str, registry: dict, version: int) -> str:
     )
 
 
-@dsl.component(base_image=TUNELINE, install_kfp_package=False)
+@dsl.component(base_image=CPU, install_kfp_package=False)
 def promote_version(
     run_id: str, experiment: str, model_name: str, version: int, copy_to_model: str
 ) -> str:

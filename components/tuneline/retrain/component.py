@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from kfp import dsl
 
-from tuneline.images import TUNELINE
+from tuneline.images import CPU
 
 
-@dsl.component(base_image=TUNELINE, install_kfp_package=False)
+@dsl.component(base_image=CPU, install_kfp_package=False)
 def check_retrain(
     run_id: str,
     base_model: str,

@@ -1,0 +1,177 @@
+"""Run the steps of a local run in containers of an image, as locked up as on a cluster.
+
+`kfp.local.DockerRunner` starts them. What it does not do is here: it lets the engine remove a
+container that has ended and takes "there is no such container" for success, so that a failed step
+can pass; here a container is waited for, and removed afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+from tuneline.errors import TunelineError
+
+if TYPE_CHECKING:
+    from docker import DockerClient
+    from kfp import local
+
+    from tuneline.recipe import Recipe
+
+USER: Final = 10001
+"""Of the images."""
+HOME: Final = "/home/tuneline"
+CACHE: Final = "/var/cache/tuneline"
+STOP_SECONDS: Final = 30
+"""Grace period of a step, as on a cluster: training writes a checkpoint."""
+_HANDED_IN: Final = ("MLFLOW_", "TUNELINE_", "AWS_", "HF_TOKEN", "HF_HUB_OFFLINE", "OMP_")
+"""What the names of the variables begin with."""
+_LOCAL_SCHEMES: Final = ("", "sqlite", "file")
+
+
+def runner(recipe: Recipe, workdir: Path) -> local.DockerRunner:
+    """A runner whose containers see the work folder, the cache, and the recipe's own files.
+
+    The root file system is read-only, no capability is left, and there is no network, unless MLflow
+    or an object store has to be reached. As root the work folder is given to the images' user;
+    anyone else's containers run as that user.
+
+    Args:
+        recipe: whose local paths are mounted, read-only.
+        workdir: absolute.
+
+    Raises:
+        TunelineError: a folder can't be made.
+    """
+    from docker.types import Mount
+    from kfp import local
+
+    from tuneline.base_model import cache_dir
+    from tuneline.checkpoints_root import local_root
+
+    environment = {name: value for name, value in os.environ.items() if name.startswith(_HANDED_IN)}
+    writable = {workdir: workdir, cache_dir().absolute(): Path(CACHE)}
+    checkpoints = local_root()
+    if checkpoints and not set(writable) & set(checkpoints.absolute().parents):
+        writable[checkpoints.absolute()] = checkpoints.absolute()
+    try:
+        for folder in writable:
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.getuid() == 0:
+                _give(folder)
+    except OSError as error:
+        raise TunelineError(
+            f"{error.filename} can't be made for the containers ({error.strerror}): name another "
+            "folder with --workdir or TUNELINE_CACHE"
+        ) from error
+    readable = _readable([recipe.model_dump(mode="json"), environment], set(writable))
+    user, group = (USER, USER) if os.getuid() == 0 else (os.getuid(), os.getgid())
+    return local.DockerRunner(
+        user=f"{user}:{group}",
+        environment={**environment, "TUNELINE_CACHE": CACHE, "HOME": HOME},
+        network_mode=_network(environment),
+        read_only=True,
+        tmpfs={"/tmp": "mode=1777", HOME: f"mode=1777,uid={user}"},
+        cap_drop=["ALL"],
+        security_opt=["no-new-privileges"],
+        shm_size="1g",
+        working_dir=str(Path.cwd()),  # which the recipe's paths may start from
+        mounts=[
+            *(Mount(str(inside), str(path), type="bind") for path, inside in writable.items()),
+            *(Mount(str(p), str(p), type="bind", read_only=True) for p in readable),
+        ],
+    )
+
+
+def _give(folder: Path) -> None:
+    """The folder and what is in it to the images' user."""
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, USER, USER, follow_symlinks=False)
+
+
+def _network(environment: dict[str, str]) -> str:
+    """`none` where nothing is to be reached; the host's own for a server on its loopback."""
+    named = [
+        environment.get(name, "")
+        for name in ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "TUNELINE_CHECKPOINTS")
+    ]
+    servers = [uri for uri in map(urlsplit, named) if uri.scheme not in _LOCAL_SCHEMES]
+    if not servers:
+        return "none"
+    loopback = any(uri.hostname in ("localhost", "127.0.0.1", "::1") for uri in servers)
+    return "host" if loopback else "bridge"
+
+
+def _readable(values: Any, writable: set[Path]) -> list[Path]:
+    """Files and folders of this machine that are named anywhere in `values`, the outermost ones."""
+    found: set[Path] = set()
+
+    def walk(value: Any) -> None:
+        if isinstance(value, dict):
+            walk(list(value.values()))
+        elif isinstance(value, list):
+            for item in value:
+                walk(item)
+        elif isinstance(value, str) and value:
+            # of a glob, the folder that it looks in
+            path = Path(value.partition("*")[0]).absolute()
+            found.add(path.parent if "*" in value and not path.is_dir() else path)
+
+    walk(values)
+    found = {path for path in found if path.exists() and path not in (Path.cwd(), Path("/"))}
+    return sorted(p for p in found - writable if not (found | writable) & set(p.parents))
+
+
+@contextlib.contextmanager
+def waited_for() -> Iterator[None]:
+    """Within it, `kfp.local` reports of a container what the container's own exit code says."""
+    from kfp.local import docker_task_handler as handler
+
+    theirs = handler.run_docker_container
+    handler.run_docker_container = _run
+    try:
+        yield
+    finally:
+        handler.run_docker_container = theirs
+
+
+def _run(
+    client: DockerClient, image: str, command: list[str], volumes: dict[str, Any], **options: Any
+) -> int:
+    """The exit code of a container whose output is printed line by line while it runs.
+
+    Raises:
+        RuntimeError: there is no such image, or the engine can't start it.
+    """
+    from docker.errors import APIError, ImageNotFound
+
+    del volumes  # the pipeline root, which lies in the work folder
+    try:
+        container = client.containers.create(image=image, command=command, **options)
+    except ImageNotFound as error:
+        raise RuntimeError(
+            f"there is no image '{image}' on this machine: build it with `make images`, or pull it"
+        ) from error
+    try:
+        container.start()
+        pending = b""
+        for chunk in container.logs(stream=True, follow=True):
+            *lines, pending = (pending + chunk).split(b"\n")
+            for line in lines:
+                print(line.decode("utf-8", "replace"))
+        if pending:
+            print(pending.decode("utf-8", "replace"))
+        return int(container.wait()["StatusCode"])
+    except APIError as error:
+        raise RuntimeError(
+            f"the container of '{image}' can't be run: {error.explanation}"
+        ) from error
+    except BaseException:
+        container.stop(timeout=STOP_SECONDS)
+        raise
+    finally:
+        container.remove(force=True)
