@@ -48,5 +48,5 @@ def reference(name: str) -> str:
 CPU: Final[str] = reference("cpu")
 """Of steps without an accelerator."""
 GPU: Final[str] = reference("gpu")
-"""Of training and evaluation. `TUNELINE_IMAGE` is this one in all pods of a compiled pipeline, since
-it is part of what identifies a training."""
+"""Of training and evaluation. All pods of a compiled pipeline have it in `TUNELINE_IMAGE`: it is a
+part of what identifies a training."""
