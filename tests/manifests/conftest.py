@@ -1,9 +1,12 @@
 """What kustomize makes of manifests/, built once, without a network."""
 
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +92,38 @@ def identity(thing: Manifest) -> tuple[str, ...]:
     """Kind, namespace and name."""
     metadata = thing["metadata"]
     return thing["kind"], metadata.get("namespace", ""), metadata["name"]
+
+
+@pytest.fixture(scope="session")
+def make_secrets(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[Path], dict[tuple[str, str], dict[str, str]]]:
+    """Runs secrets.sh on a folder that stands for a cluster; gives namespace, name -> values."""
+    programs = tmp_path_factory.mktemp("programs")
+    kubectl = programs / "kubectl"
+    stand_in = ROOT / "tests/fixtures/secret_store.py"
+    kubectl.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{stand_in}" "$@"\n')
+    kubectl.chmod(0o755)
+
+    def make(folder: Path) -> dict[tuple[str, str], dict[str, str]]:
+        path = f"{programs}:{os.environ['PATH']}"
+        subprocess.run(
+            [ROOT / "manifests/secrets.sh"],
+            check=True,
+            env={**os.environ, "PATH": path, "SECRETS": str(folder)},
+        )
+        return {
+            (file.name.partition(".")[0], file.name.partition(".")[2]): json.loads(file.read_text())
+            for file in folder.iterdir()
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def secrets(
+    make_secrets: Callable[[Path], dict[tuple[str, str], dict[str, str]]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[tuple[str, str], dict[str, str]]:
+    """What secrets.sh makes in an empty cluster."""
+    return make_secrets(tmp_path_factory.mktemp("cluster"))

@@ -1,6 +1,6 @@
 """What one part names, another one makes: compiled packages, pools, services, policies."""
 
-import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 RUNS = "kubeflow"
 
 Overlays = dict[str, list[dict[str, Any]]]
+Secrets = dict[tuple[str, str], dict[str, str]]
+Made = Callable[[str, str], dict[str, set[str]]]
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +39,19 @@ def names(things: list[dict[str, Any]], kind: str, namespace: str = RUNS) -> dic
     }
 
 
-def secrets_made(overlay: str, things: list[dict[str, Any]], namespace: str) -> dict[str, set[str]]:
-    """Secret -> its keys: of external secrets, or of the script that makes them."""
-    if overlay == "production":
-        return {
-            secret["spec"]["target"]["name"]: {e["secretKey"] for e in secret["spec"]["data"]}
-            for secret in names(things, "ExternalSecret", namespace).values()
-        }
-    script = (ROOT / "manifests/secrets.sh").read_text().replace("\\\n", "")
-    loop = re.search(
-        r"for name in (.*); do\n(?:.*\n)*?\s+make_secret (\w+) \"\$name\" (.*)", script
-    )
-    assert loop is not None
-    calls = re.findall(rf"make_secret {namespace} ([a-z][\w-]*) (.*)", script)
-    if loop[2] == namespace:
-        calls += [(name, loop[3]) for name in loop[1].split()]
-    return {name: set(re.findall(r"(?:^|[\s\"])([\w.]+)=", pairs)) for name, pairs in calls}
+@pytest.fixture
+def made(overlays: Overlays, secrets: Secrets) -> Made:
+    """Secret -> its keys, in a namespace: of external secrets, or of the script that makes them."""
+
+    def find(overlay: str, namespace: str) -> dict[str, set[str]]:
+        if overlay == "production":
+            return {
+                secret["spec"]["target"]["name"]: {e["secretKey"] for e in secret["spec"]["data"]}
+                for secret in names(overlays[overlay], "ExternalSecret", namespace).values()
+            }
+        return {name: set(data) for (where, name), data in secrets.items() if where == namespace}
+
+    return find
 
 
 def test_packages_find_their_settings(executors: list[dict[str, Any]], overlays: Overlays) -> None:
@@ -66,16 +65,18 @@ def test_packages_find_their_settings(executors: list[dict[str, Any]], overlays:
                 assert "pools.yaml" in maps[entry["configMapName"]]["data"], overlay
 
 
-def test_packages_find_their_secrets(executors: list[dict[str, Any]], overlays: Overlays) -> None:
+def test_packages_find_their_secrets(
+    executors: list[dict[str, Any]], overlays: Overlays, made: Made
+) -> None:
     by_hand = {"tuneline-hub"}  # a token that nobody can make up; secrets.sh says how
-    for overlay, things in overlays.items():
-        made = secrets_made(overlay, things, RUNS)
+    for overlay in overlays:
+        found = made(overlay, RUNS)
         for executor in executors:
             for entry in executor.get("secretAsEnv", ()):
                 if overlay != "production" and entry["secretName"] in by_hand:
                     continue
                 keys = {pair["secretKey"] for pair in entry["keyToEnv"]}
-                assert keys <= made[entry["secretName"]], overlay
+                assert keys <= found[entry["secretName"]], overlay
 
 
 def test_packages_find_their_volumes(executors: list[dict[str, Any]], overlays: Overlays) -> None:
@@ -179,7 +180,9 @@ def pod_specs(thing: dict[str, Any]) -> list[dict[str, Any]]:
     )
 
 
-def test_services_find_what_they_read(overlays: Overlays, foreign: set[tuple[str, ...]]) -> None:
+def test_services_find_what_they_read(
+    overlays: Overlays, foreign: set[tuple[str, ...]], made: Made
+) -> None:
     seen = 0
     for overlay, things in overlays.items():
         for thing in things:
@@ -191,9 +194,9 @@ def test_services_find_what_they_read(overlays: Overlays, foreign: set[tuple[str
                     seen += 1
                     where = f"{overlay}: {thing['kind']} {thing['metadata']['name']}"
                     if kind == "Secret":
-                        made = secrets_made(overlay, things, namespace)
-                        assert name in made, where
-                        assert key is None or key in made[name], where
+                        found = made(overlay, namespace)
+                        assert name in found, where
+                        assert key is None or key in found[name], where
                     else:
                         assert name in names(things, kind, namespace), where
     assert seen > 40

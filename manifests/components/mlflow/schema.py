@@ -11,10 +11,11 @@ mark that it leaves. Where the database is, libpq's own variables say: PGHOST, P
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import psycopg2
-from mlflow.version import VERSION
 
+VERSION = version("mlflow")
 URI = "postgresql+psycopg2://"
 """Nothing but the driver: the password stands in no command line."""
 LOCK = 7_316_044
