@@ -18,24 +18,30 @@ kind get clusters 2> /dev/null | grep -qx "$name" || kind create cluster --name 
 docker build -f images/tuneline/Dockerfile -t "$image" .
 kind load docker-image "$image" --name "$name"
 
-manifests=github.com/kubeflow/pipelines/manifests/kustomize
-"${kubectl[@]}" apply -k "$manifests/cluster-scoped-resources?ref=$kfp"
+# The kinds first, then what is secret, then all the rest.
+"${kubectl[@]}" apply -k "github.com/kubeflow/pipelines/manifests/kustomize/cluster-scoped-resources?ref=$kfp"
 "${kubectl[@]}" wait --for condition=established --timeout 120s crd/applications.app.k8s.io
-"${kubectl[@]}" apply -k "$manifests/env/platform-agnostic?ref=$kfp"
+"${kubectl[@]}" apply -f manifests/base/namespace.yaml
+manifests/secrets.sh --context "kind-$name"
 
-kubectl kustomize manifests/kind |
-    sed "s|image: tuneline\$|image: $image|" |
+# jobs of an earlier call can't be changed
+"${kubectl[@]}" -n tuneline delete job tuneline-mlflow-migrate tuneline-object-store-buckets --ignore-not-found
+kubectl kustomize manifests/overlays/local |
+    sed "s|image: tuneline:.*\$|image: $image|" |
     "${kubectl[@]}" apply -f -
 
-for deployment in ml-pipeline ml-pipeline-ui tuneline-mlflow; do
-    "${kubectl[@]}" -n kubeflow rollout status "deployment/$deployment" --timeout 20m
+for deployment in kubeflow/ml-pipeline kubeflow/ml-pipeline-ui tuneline/tuneline-mlflow; do
+    "${kubectl[@]}" -n "${deployment%/*}" rollout status "deployment/${deployment#*/}" --timeout 20m
 done
 
 cat << END
 
 KFP:     kubectl --context kind-$name -n kubeflow port-forward svc/ml-pipeline-ui 8080:80
-MLflow:  kubectl --context kind-$name -n kubeflow port-forward svc/tuneline-mlflow 5000:5000
+MLflow:  kubectl --context kind-$name -n tuneline port-forward svc/tuneline-mlflow 5000:5000
 then:    export KFP_HOST=http://localhost:8080 MLFLOW_TRACKING_URI=http://localhost:5000
+         export MLFLOW_TRACKING_USERNAME=tuneline
+         export MLFLOW_TRACKING_PASSWORD=\$(kubectl --context kind-$name -n tuneline get secret \\
+             tuneline-mlflow-admin --output jsonpath={.data.password} | base64 --decode)
          export TUNELINE_IMAGE=$image
          tuneline publish && tuneline submit examples/demo.yaml --pool cpu --wait
 tests:   make e2e
