@@ -5,6 +5,7 @@
 #   TORCH_INDEX_URL  the package index that torch alone is taken from; names a CPU build on machines without a GPU
 #   PIP_FLAGS        for every pip call; empty shows pip's own progress
 PYTHON ?= python3
+export IMAGES BASE_IMAGE BUILD_IMAGE TORCH_INDEX_URL REGISTRY LOCK
 VENV ?= .venv
 WORKDIR ?= build/demo
 TORCH_INDEX_URL ?=
@@ -16,7 +17,7 @@ PIP = "$(BIN)/python" -m pip --disable-pip-version-check $(PIP_FLAGS)
 pinned = $(1)==$(shell sed -n 's/^$(1)==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format checks golden compile kind-up e2e mlflow clean
+.PHONY: help setup demo test lint format checks golden compile images push-images test-images kind-up e2e mlflow clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  \1@\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F@ '{printf "%-12s %s\n", $$1, $$2}'
@@ -58,6 +59,16 @@ golden: $(STAMP) ## regenerate the golden files of the compiled pipelines
 
 compile: $(STAMP) ## compile the pipelines for a cluster into build/
 	"$(BIN)/tuneline" compile --out build
+
+images: ## build the container images; variables in images/README.md
+	images/build.sh
+
+push-images: ## build them, push them to REGISTRY, write their digests into images.lock
+	@test -n "$(REGISTRY)" || { echo "name a registry, as in \`make push-images REGISTRY=registry.example.org/team\`" >&2; exit 2; }
+	images/build.sh
+
+test-images: $(STAMP) ## run the pipeline in the image tuneline-cpu; needs Docker and the image
+	"$(BIN)/python" -m pytest tests/images -m containers
 
 kind-up: ## bring up kind with Kubeflow Pipelines, MLflow and the image; needs docker, kind, kubectl
 	manifests/kind/up.sh

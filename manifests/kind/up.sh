@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 name=${KIND_CLUSTER:-tuneline}
 kfp=2.17.0
-image=${TUNELINE_IMAGE:-tuneline:$(sed -n 's/^__version__ = "\(.*\)"/\1/p' components/tuneline/__init__.py)-python3.11}
+image=${TUNELINE_IMAGE:-tuneline-cpu:$(sed -n 's/^__version__ = "\(.*\)"/\1/p' components/tuneline/__init__.py)-python3.11}
 kubectl=(kubectl --context "kind-$name")
 
 for tool in docker kind kubectl; do
@@ -15,7 +15,7 @@ for tool in docker kind kubectl; do
 done
 
 kind get clusters 2> /dev/null | grep -qx "$name" || kind create cluster --name "$name" --wait 5m
-docker build -f images/tuneline/Dockerfile -t "$image" .
+docker build -f images/cpu/Dockerfile -t "$image" .
 kind load docker-image "$image" --name "$name"
 
 # The kinds first, then what is secret, then all the rest.
@@ -27,7 +27,7 @@ manifests/secrets.sh --context "kind-$name"
 # jobs of an earlier call can't be changed
 "${kubectl[@]}" -n tuneline delete job tuneline-mlflow-migrate tuneline-object-store-buckets --ignore-not-found
 kubectl kustomize manifests/overlays/local |
-    sed "s|image: tuneline:.*\$|image: $image|" |
+    sed "s|image: tuneline-cpu:.*\$|image: $image|" |
     "${kubectl[@]}" apply -f -
 
 for deployment in kubeflow/ml-pipeline kubeflow/ml-pipeline-ui tuneline/tuneline-mlflow; do

@@ -269,7 +269,7 @@ def test_production_and_staging_run_our_image_by_digest(
     }
     of_others = ("docker.io/library/postgres:", "ghcr.io/chrislusf/seaweedfs:")
     assert {image for where, image in images if where == "production"} == {
-        f"registry.example.com/ml/tuneline@{ZERO}"
+        f"registry.example.com/ml/tuneline-cpu@{ZERO}"
     }
     for _, image in images:
         assert image.startswith(of_others) or re.search(r"@sha256:[0-9a-f]{64}$", image)
@@ -286,7 +286,7 @@ def test_local_runs_the_image_of_this_release(ours: list[tuple[str, Manifest]]) 
         if container["image"].startswith("tuneline")
     }
     (image,) = images
-    assert image.startswith(f"tuneline:{__version__}-")
+    assert image.startswith(f"tuneline-cpu:{__version__}-")
 
 
 def test_every_pod_is_under_a_policy_that_denies(ours: list[tuple[str, Manifest]]) -> None:
