@@ -1,0 +1,221 @@
+"""MLflow, asked in the way of the steps: reachable, login, registry, artifact store.
+
+The first question goes out with the standard library, since a server that is away is to be known
+before MLflow is imported. The artifact store is tried with a file of some bytes below the
+experiment's own location, which is removed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import ssl
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+from tuneline.errors import RegistryError, TunelineError
+from tuneline.tracking import mlflow_errors, open_client, safe_uri
+from tuneline_pipelines.doctor import storage
+from tuneline_pipelines.doctor.finding import Finding, error, ok, warning
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+VARIABLE: Final = "MLFLOW_TRACKING_URI"
+_SECONDS: Final = 5
+_AT_ONCE: Final = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_SECONDS),
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+_INVALID_HOST: Final = "Invalid Host header"
+_ROOT: Final = "tuneline-doctor"
+
+
+def checks(experiment: str = "", *, offline: bool = False) -> Iterator[Finding]:
+    """All of MLflow, as far as the answer before allows.
+
+    Args:
+        experiment: whose artifact location is tried; empty or not there: `Default`'s.
+        offline: look at nothing on other machines.
+    """
+    uri = os.environ.get(VARIABLE, "")
+    if not uri:
+        yield ok(VARIABLE, "not set: a local run keeps its own store in its work folder")
+        return
+    remote = uri.startswith(("http://", "https://"))
+    if offline and not uri.startswith("sqlite:"):
+        yield ok(VARIABLE, f"{safe_uri()}, not tried")
+        return
+    if uri.startswith("sqlite:///"):
+        path = Path(uri.removeprefix("sqlite:///"))
+        if not path.exists():  # opening it would make it
+            yield storage.folder(VARIABLE, path.parent, f"name another file in {VARIABLE}")
+            return
+    if remote:
+        found = reachable(uri, tls=_context())
+        yield found
+        if found.level == "error":
+            return
+    with _environment(_AT_ONCE):
+        yield from _as_a_step(experiment, remote=remote)
+
+
+def reachable(uri: str, *, name: str = VARIABLE, tls: ssl.SSLContext | None = None) -> Finding:
+    """Whether MLflow answers, and with which version.
+
+    Args:
+        uri: of the server; a login in it is neither sent nor shown.
+        name: of the finding.
+        tls: what to trust; None: the public certificates.
+    """
+    parts = urlsplit(uri)
+    place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
+    try:
+        with urllib.request.urlopen(f"{place}/version", timeout=_SECONDS, context=tls) as answer:
+            version = answer.read(100).decode("utf-8", "replace").strip()
+    except urllib.error.HTTPError as fault:
+        fault.close()
+        if fault.code in (401, 403):  # a gateway in front of it wants a login first
+            return ok(name, f"{place} answers, its version is not to be seen ({fault.code})")
+        return error(name, f"{place} answers {fault.code} and not as MLflow does",
+                     "check the address and its path, and the server's log")  # fmt: skip
+    except (OSError, ValueError) as fault:
+        return error(name, f"{place} can't be reached ({_reason(fault)})", _advice(fault))
+    own = metadata.version("mlflow")
+    if not version[:1].isdigit() or len(version) > 40:
+        return error(name, f"{place} answers and is no MLflow server", "check the address")
+    if version.split(".")[0] != own.split(".")[0]:
+        return error(name, f"{place}, MLflow {version}, and the client here is {own}",
+                     "use one major version on both sides")  # fmt: skip
+    return ok(name, f"{place}, MLflow {version}")
+
+
+def _context() -> ssl.SSLContext | None:
+    if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
+        return ssl._create_unverified_context()  # what MLflow itself is told to do
+    trusted = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH")
+    trusted = trusted or os.environ.get("REQUESTS_CA_BUNDLE")
+    if not trusted:
+        return None
+    if Path(trusted).is_dir():
+        return ssl.create_default_context(capath=trusted)
+    return ssl.create_default_context(cafile=trusted)
+
+
+def _reason(fault: Exception) -> str:
+    inner = getattr(fault, "reason", None)
+    if isinstance(inner, OSError):
+        return inner.strerror or str(inner)
+    return str(inner or getattr(fault, "strerror", None) or fault)
+
+
+def _advice(fault: Exception) -> str:
+    inner = getattr(fault, "reason", fault)
+    if isinstance(inner, ssl.SSLError):
+        return "name the certificates to trust in MLFLOW_TRACKING_SERVER_CERT_PATH"
+    return f"start the server, or check {VARIABLE}"
+
+
+def _as_a_step(experiment: str, *, remote: bool) -> Iterator[Finding]:
+    try:
+        client = open_client()
+    except RegistryError as fault:
+        text = str(fault)
+        advice = ""
+        if _INVALID_HOST in text:
+            text = f"{safe_uri()} does not take this host name"
+            advice = "add it to the server's --allowed-hosts"
+        yield error("MLflow login" if remote else VARIABLE, text, advice)
+        return
+    who = os.environ.get("MLFLOW_TRACKING_USERNAME") or urlsplit(os.environ[VARIABLE]).username
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+    if remote:
+        yield ok("MLflow login", f"accepted ({'a token' if token and not who else who or 'none'})")
+    else:
+        yield ok(VARIABLE, f"{safe_uri()} opens")
+    try:
+        with mlflow_errors("reading the model registry"):
+            client.search_registered_models(max_results=1)
+    except RegistryError as fault:
+        yield error("MLflow registry", str(fault))
+    else:
+        yield ok("MLflow registry", "answers")
+    yield _artifacts(client, experiment, remote=remote)
+
+
+def _artifacts(client: MlflowClient, experiment: str, *, remote: bool) -> Finding:
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    name = "MLflow artifacts"
+    with mlflow_errors("looking for an experiment"):
+        found = client.get_experiment_by_name(experiment) if experiment else None
+        found = found or client.get_experiment_by_name("Default")
+    if found is None or not found.artifact_location:
+        return warning(name, "not tried: there is no experiment yet")
+    place = found.artifact_location.rstrip("/")
+    if (remote and "://" not in place) or (place.startswith("file:") and remote):
+        return error(
+            name, f"{found.name} keeps them in {place}, a folder that the server means on its own "
+            "disk and clients write to on theirs",
+            "start the server with --serve-artifacts and make a new experiment",
+        )  # fmt: skip
+    folder = f"{_ROOT}/{storage.this_machine()}"
+    try:
+        with mlflow_errors("opening the artifact store"):
+            store: Any = get_artifact_repository(f"{place}/{folder}")
+        with tempfile.TemporaryDirectory() as aside:
+            probe = Path(aside) / "probe.txt"
+            probe.write_text("written by tuneline doctor\n")
+            with _store_errors("uploading a file"):
+                store.log_artifact(str(probe))
+        with _store_errors("listing artifacts"):
+            there = [entry.path for entry in store.list_artifacts()]
+    except TunelineError as fault:
+        if "403" in str(fault) or "PERMISSION_DENIED" in str(fault):
+            return warning(
+                name, f"this login may not write to the experiment {found.name}",
+                "not tried further: a run makes an experiment of its own, or names one in "
+                "registry.experiment that the login may write to",
+            )  # fmt: skip
+        return error(name, str(fault), "look at the server's log: it needs access to its store")
+    try:
+        with _store_errors("removing a file"):
+            store.delete_artifacts()
+    except TunelineError as fault:
+        return warning(name, f"{place} takes files; one of some bytes stays in {folder} ({fault})")
+    if there != ["probe.txt"]:
+        return error(name, f"{place} does not list what was written ({there})", "look at the store")
+    return ok(name, f"{place} takes, lists and removes a file")
+
+
+@contextlib.contextmanager
+def _store_errors(doing: str) -> Iterator[None]:
+    """Errors of the stores' own clients too: a location may be written to from here."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        with mlflow_errors(doing):
+            yield
+    except (BotoCoreError, ClientError, OSError) as fault:
+        raise RegistryError(f"MLflow at {safe_uri()}: {doing}: {fault}") from fault
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
