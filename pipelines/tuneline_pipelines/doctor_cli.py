@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuneline.errors import EXIT_FAILED, RecipeError, TunelineError, UsageError
 from tuneline.progress import complain
+from tuneline_pipelines import cluster_cli
 
 if TYPE_CHECKING:
     from tuneline.recipe import Recipe
@@ -28,9 +29,13 @@ def add_commands(commands: Any) -> None:
         "recipe", nargs="?", type=Path, metavar="RECIPE.yaml", help="look for what it names too"
     )
     doctor.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="section.key=value",
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="section.key=value",
         help="override one setting of the recipe; may be given several times",
-    )  # fmt: skip
+    )
     doctor.add_argument("--pool", metavar="NAME", help="node pool that a run will name")
     doctor.add_argument(
         "--pools",
@@ -39,9 +44,11 @@ def add_commands(commands: Any) -> None:
         help="pools.yaml (default: TUNELINE_POOLS, or built in)",
     )
     doctor.add_argument(
-        "--packages", type=Path, metavar="DIR",
+        "--packages",
+        type=Path,
+        metavar="DIR",
         help="compiled packages, to compare kfp with and to read what they need of the cluster",
-    )  # fmt: skip
+    )
     doctor.add_argument(
         "--workdir", type=Path, metavar="DIR", help="work folder (default: tuneline-runs)"
     )
@@ -49,9 +56,20 @@ def add_commands(commands: Any) -> None:
         "--torch", action="store_true", help="compute on each accelerator with torch; takes seconds"
     )
     doctor.add_argument(
-        "--offline", action="store_true",
+        "--offline",
+        action="store_true",
         help="look at nothing on other machines, as a container's health check does",
-    )  # fmt: skip
+    )
+    doctor.add_argument(
+        "--cluster", action="store_true", help="look at Kubernetes and KFP too, from here"
+    )
+    cluster_cli.add_server(doctor)
+    doctor.add_argument(
+        "--context", metavar="NAME", help="of the kubeconfig (default: the current one)"
+    )
+    doctor.add_argument(
+        "--service-account", metavar="NAME", help="of the runs' pods (default: KFP's own)"
+    )
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.set_defaults(command=_doctor)
 
@@ -96,6 +114,8 @@ def _findings(options: argparse.Namespace) -> Iterator[Finding]:
         ]
     )
     yield from finding.run(_local(options))
+    if options.cluster:
+        yield from _on_cluster(options)
 
 
 def _sdks(folder: Path | None) -> set[str]:
@@ -124,6 +144,28 @@ def _local(options: argparse.Namespace) -> Iterator[tuple[str, Check]]:
     yield mlflow_server.VARIABLE, lambda: mlflow_server.checks(experiment, offline=offline)
 
 
+def _on_cluster(options: argparse.Namespace) -> Iterator[Finding]:
+    from tuneline_pipelines.doctor import on_cluster
+
+    recipe, _ = _recipe(options)
+    references: list[str] = []
+    if recipe is not None:
+        data = (*recipe.data.train, *recipe.data.test, *recipe.data.evaluation_sets)
+        references = [recipe.model.base_model, *(source.path for source in data)]
+    yield from on_cluster.checks(
+        on_cluster.Place(
+            host=options.host,
+            ca_cert=options.ca_cert,
+            context=options.context,
+            namespace=options.namespace,
+            service_account=options.service_account,
+            pool=options.pool,
+            packages=options.packages,
+            references=tuple(references),
+        )
+    )
+
+
 def _pools(options: argparse.Namespace) -> Iterator[Finding]:
     from tuneline import pools
     from tuneline_pipelines.doctor.finding import error, ok
@@ -131,7 +173,7 @@ def _pools(options: argparse.Namespace) -> Iterator[Finding]:
     known = pools.read(options.pools)
     source = options.pools or os.environ.get(pools.VARIABLE) or "built in"
     yield ok("pools", f"{', '.join(known.names)} ({source})")
-    if options.pool is not None:
+    if options.pool is not None and not options.cluster:  # which has pools of its own
         try:
             pool = known.named(options.pool)
         except UsageError as fault:

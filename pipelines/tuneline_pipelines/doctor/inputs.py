@@ -61,8 +61,9 @@ def _base(reference: str, *, offline: bool) -> Finding:
         base_model.check_folder(path, plain)
         files = base_model.weight_files(path)
         if missing := [file.name for file in files if not file.is_file()]:
-            return error(name, f"{missing[0]} is missing, which the index names",
-                         "copy the model again")  # fmt: skip
+            return error(
+                name, f"{missing[0]} is missing, which the index names", "copy the model again"
+            )
         return ok(name, _gigabytes(file.stat().st_size for file in files))
     except ModelError as fault:
         return error(name, str(fault))
@@ -107,15 +108,23 @@ def _hub(name: str, reference: str, kind: str, *, offline: bool) -> Finding:
     ):
         return ok(name, "in the cache")
     if constants.HF_HUB_OFFLINE and kind == "model":
-        return error(name, "not in the cache, and HF_HUB_OFFLINE is set",
-                     "unset it, or bring the model there with `tuneline fetch-model`")  # fmt: skip
+        return error(
+            name,
+            "not in the cache, and HF_HUB_OFFLINE is set",
+            "unset it, or bring the model there with `tuneline fetch-model`",
+        )
     if offline or constants.HF_HUB_OFFLINE:
         return ok(name, "not looked for")
-    return _on_hub(name, repository, kind, lambda: (
-        HfApi().model_info(repository, revision=revision, timeout=_HUB_SECONDS)
-        if kind == "model"
-        else HfApi().dataset_info(repository, revision=revision or None, timeout=_HUB_SECONDS)
-    ))  # fmt: skip
+    return _on_hub(
+        name,
+        repository,
+        kind,
+        lambda: (
+            HfApi().model_info(repository, revision=revision, timeout=_HUB_SECONDS)
+            if kind == "model"
+            else HfApi().dataset_info(repository, revision=revision or None, timeout=_HUB_SECONDS)
+        ),
+    )
 
 
 def _on_hub(name: str, repository: str, kind: str, ask: Callable[[], Any]) -> Finding:
@@ -130,14 +139,21 @@ def _on_hub(name: str, repository: str, kind: str, ask: Callable[[], Any]) -> Fi
     except HfHubHTTPError as fault:
         status = fault.response.status_code
         what = {
-            401: "not there, or not for this login", 403: "gated, and this login has no access",
+            401: "not there, or not for this login",
+            403: "gated, and this login has no access",
             404: "no such repository or revision",
-        }  # fmt: skip
-        return error(name, what.get(status, f"the hub answers {status}"),
-                     "check the name and the revision; for what is gated set HF_TOKEN")  # fmt: skip
+        }
+        return error(
+            name,
+            what.get(status, f"the hub answers {status}"),
+            "check the name and the revision; for what is gated set HF_TOKEN",
+        )
     except (OSError, TransportError) as fault:
-        return error(name, f"the hub can't be reached ({fault})",
-                     "check the network, or use a copy in a folder or object store")  # fmt: skip
+        return error(
+            name,
+            f"the hub can't be reached ({fault})",
+            "check the network, or use a copy in a folder or object store",
+        )
     return ok(name, f"on the hub{', gated, with access' if gated else ''}")
 
 
@@ -147,8 +163,11 @@ def _evaluation(section: EvaluationSection) -> Iterator[Finding]:
             "evaluation.tasks", "lm_eval is not installed", "pip install 'tuneline[lm-eval]'"
         )
     if section.engine == "vllm" and find_spec("vllm") is None:
-        yield error("evaluation.engine", "vllm is not installed",
-                    "use an image that has it, or engine: transformers")  # fmt: skip
+        yield error(
+            "evaluation.engine",
+            "vllm is not installed",
+            "use an image that has it, or engine: transformers",
+        )
     for path in (*section.forgetting_sets.values(), *_task_files(section)):
         if not Path(path).is_file():
             yield error("evaluation", f"{path} is no file", "check the path")

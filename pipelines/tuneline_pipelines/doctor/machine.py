@@ -41,9 +41,10 @@ def packages() -> Iterator[Finding]:
         wanted = [Requirement(line) for line in metadata.requires("tuneline") or ()]
     except metadata.PackageNotFoundError:
         yield warning(
-            "packages", "tuneline is not installed, so what it needs is not recorded",
+            "packages",
+            "tuneline is not installed, so what it needs is not recorded",
             "install it, as `make setup` does",
-        )  # fmt: skip
+        )
         return
     needed = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
     faults = [fault for r in needed if r.name not in _KFP if (fault := _fault_of(r))]
@@ -68,9 +69,10 @@ def _fault_of(requirement: Requirement) -> Finding | None:
         return error(name, *_out_of_range(requirement, found))
     if not _is_importable(requirement.name):
         return error(
-            name, f"{found} is recorded as installed, and its module can't be found",
+            name,
+            f"{found} is recorded as installed, and its module can't be found",
             f"pip install --force-reinstall --no-deps '{requirement.name}=={found}'",
-        )  # fmt: skip
+        )
     return None
 
 
@@ -119,10 +121,11 @@ def kfp(compiled_with: Iterable[str] = ()) -> Iterator[Finding]:
     missing = [name for name, version in found.items() if not (version and _is_importable(name))]
     if missing:
         yield error(
-            "kfp", f"{' and '.join(missing)} can't be found; {why}",
+            "kfp",
+            f"{' and '.join(missing)} can't be found; {why}",
             f"pip install 'kfp=={_tested_minor()}.*' 'kfp-kubernetes=={_tested_minor()}.*' "
             "(constraints.txt has the tested versions)",
-        )  # fmt: skip
+        )
         return
     minors = {name: _minor(version) for name, version in found.items()}
     minor = minors["kfp"]
@@ -134,9 +137,10 @@ def kfp(compiled_with: Iterable[str] = ()) -> Iterator[Finding]:
         {sdk for sdk in compiled_with if _minor(sdk.removeprefix("kfp-")) != minor}
     ):
         yield error(
-            "kfp", f"{found['kfp']}, and the packages were compiled with {', '.join(others)}",
+            "kfp",
+            f"{found['kfp']}, and the packages were compiled with {', '.join(others)}",
             "compile them again with the kfp that the image has, or build the image with theirs",
-        )  # fmt: skip
+        )
         return
     yield ok("kfp", found["kfp"])
 
@@ -171,9 +175,10 @@ def accelerators(*, ask_torch: bool = False) -> Iterator[Finding]:
     build = _version("torch").partition("+")[2]
     if devices and build == "cpu":
         yield error(
-            "torch", f"{_version('torch')} is a build for CPUs, and there are accelerators",
+            "torch",
+            f"{_version('torch')} is a build for CPUs, and there are accelerators",
             "install the build of torch for CUDA or ROCm",
-        )  # fmt: skip
+        )
     elif ask_torch:
         yield from _by_torch(expected=bool(devices))
 
@@ -186,9 +191,12 @@ def _by_driver() -> list[Finding]:
     if program is None:
         if list(Path("/dev").glob("nvidia[0-9]*")):
             return [
-                warning("accelerators", "NVIDIA devices without nvidia-smi",
-                        "--torch asks torch for them")
-            ]  # fmt: skip
+                warning(
+                    "accelerators",
+                    "NVIDIA devices without nvidia-smi",
+                    "--torch asks torch for them",
+                )
+            ]
         if Path("/dev/kfd").exists():
             return [ok("accelerators", "AMD (/dev/kfd); --torch asks torch for them")]
         return [ok("accelerators", _NONE)]
@@ -196,16 +204,29 @@ def _by_driver() -> list[Finding]:
     try:
         done = subprocess.run(
             [program, query, "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=_DRIVER_SECONDS, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=_DRIVER_SECONDS,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
-        return [error("accelerators", f"nvidia-smi does not answer within {_DRIVER_SECONDS} s",
-                      "look at the driver: dmesg, or drain the node")]  # fmt: skip
+        return [
+            error(
+                "accelerators",
+                f"nvidia-smi does not answer within {_DRIVER_SECONDS} s",
+                "look at the driver: dmesg, or drain the node",
+            )
+        ]
     lines = [" ".join(line.split()) for line in done.stdout.splitlines() if line.strip()]
     if done.returncode or not lines:
         said = " ".join((done.stdout + done.stderr).split())[:200]
-        return [error("accelerators", f"nvidia-smi fails ({said or done.returncode})",
-                      "the driver and its library must be of one version")]  # fmt: skip
+        return [
+            error(
+                "accelerators",
+                f"nvidia-smi fails ({said or done.returncode})",
+                "the driver and its library must be of one version",
+            )
+        ]
     return [ok("accelerators", f"{lines.count(line)} x {line}") for line in dict.fromkeys(lines)]
 
 
@@ -214,8 +235,11 @@ def _by_torch(*, expected: bool) -> Iterator[Finding]:
 
     if not torch.cuda.is_available():
         state = error if expected else ok
-        yield state("torch", f"{torch.__version__} sees no accelerator",
-                    "its CUDA must not be newer than the driver's" if expected else "")  # fmt: skip
+        yield state(
+            "torch",
+            f"{torch.__version__} sees no accelerator",
+            "its CUDA must not be newer than the driver's" if expected else "",
+        )
         return
     for number in range(torch.cuda.device_count()):
         name = f"torch cuda:{number}"
@@ -251,6 +275,8 @@ def bitsandbytes() -> Iterator[Finding]:
         newest = f", CUDA up to {cuda[-1][:-1]}.{cuda[-1][-1]}" if cuda else ", no CUDA"
         yield ok("bitsandbytes", f"{_version('bitsandbytes')}{newest}")
     else:
-        yield warning("bitsandbytes", f"{folder} has no compiled library",
-                      "qlora and export.quantization nf4 can't be used: install the wheel of this "
-                      "platform")  # fmt: skip
+        yield warning(
+            "bitsandbytes",
+            f"{folder} has no compiled library",
+            "qlora and export.quantization nf4 can't be used: install the wheel of this platform",
+        )

@@ -34,6 +34,7 @@ _AT_ONCE: Final = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_SECONDS),
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
+_LONGEST_VERSION: Final = 40
 _INVALID_HOST: Final = "Invalid Host header"
 _ROOT: Final = "tuneline-doctor"
 
@@ -68,7 +69,7 @@ def checks(experiment: str = "", *, offline: bool = False) -> Iterator[Finding]:
 
 
 def reachable(uri: str, *, name: str = VARIABLE, tls: ssl.SSLContext | None = None) -> Finding:
-    """Whether MLflow answers, and with which version.
+    """Whether MLflow answers, without a login.
 
     Args:
         uri: of the server; a login in it is neither sent nor shown.
@@ -78,23 +79,22 @@ def reachable(uri: str, *, name: str = VARIABLE, tls: ssl.SSLContext | None = No
     parts = urlsplit(uri)
     place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
     try:
-        with urllib.request.urlopen(f"{place}/version", timeout=_SECONDS, context=tls) as answer:
-            version = answer.read(100).decode("utf-8", "replace").strip()
+        with urllib.request.urlopen(f"{place}/health", timeout=_SECONDS, context=tls) as answer:
+            said = answer.read(100).strip()
     except urllib.error.HTTPError as fault:
         fault.close()
-        if fault.code in (401, 403):  # a gateway in front of it wants a login first
-            return ok(name, f"{place} answers, its version is not to be seen ({fault.code})")
-        return error(name, f"{place} answers {fault.code} and not as MLflow does",
-                     "check the address and its path, and the server's log")  # fmt: skip
+        if fault.code in (401, 403):
+            return ok(name, f"{place}, behind something that wants a login first ({fault.code})")
+        return error(
+            name,
+            f"{place} answers {fault.code} and not as MLflow does",
+            "check the address and its path, and the server's log",
+        )
     except (OSError, ValueError) as fault:
         return error(name, f"{place} can't be reached ({_reason(fault)})", _advice(fault))
-    own = metadata.version("mlflow")
-    if not version[:1].isdigit() or len(version) > 40:
+    if said != b"OK":
         return error(name, f"{place} answers and is no MLflow server", "check the address")
-    if version.split(".")[0] != own.split(".")[0]:
-        return error(name, f"{place}, MLflow {version}, and the client here is {own}",
-                     "use one major version on both sides")  # fmt: skip
-    return ok(name, f"{place}, MLflow {version}")
+    return ok(name, place)
 
 
 def _context() -> ssl.SSLContext | None:
@@ -140,6 +140,8 @@ def _as_a_step(experiment: str, *, remote: bool) -> Iterator[Finding]:
         yield ok("MLflow login", f"accepted ({'a token' if token and not who else who or 'none'})")
     else:
         yield ok(VARIABLE, f"{safe_uri()} opens")
+    if remote:
+        yield _version()
     try:
         with mlflow_errors("reading the model registry"):
             client.search_registered_models(max_results=1)
@@ -148,6 +150,29 @@ def _as_a_step(experiment: str, *, remote: bool) -> Iterator[Finding]:
     else:
         yield ok("MLflow registry", "answers")
     yield _artifacts(client, experiment, remote=remote)
+
+
+def _version() -> Finding:
+    """Of the server; a server with a login tells it after that only."""
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    name, own = "MLflow version", metadata.version("mlflow")
+    with mlflow_errors("asking for the version"):
+        creds = get_default_host_creds(os.environ[VARIABLE])
+        answer: Any = http_request(creds, "/version", "GET")
+    version = answer.text.strip()
+    if answer.status_code != 200 or not version[:1].isdigit() or len(version) > _LONGEST_VERSION:
+        return warning(
+            name, f"not to be seen ({answer.status_code})", f"it should be {own}'s major version"
+        )
+    if version.split(".")[0] != own.split(".")[0]:
+        return error(
+            name,
+            f"{version}, and the client here is {own}",
+            "use one major version on both sides",
+        )
+    return ok(name, version)
 
 
 def _artifacts(client: MlflowClient, experiment: str, *, remote: bool) -> Finding:
@@ -160,12 +185,13 @@ def _artifacts(client: MlflowClient, experiment: str, *, remote: bool) -> Findin
     if found is None or not found.artifact_location:
         return warning(name, "not tried: there is no experiment yet")
     place = found.artifact_location.rstrip("/")
-    if (remote and "://" not in place) or (place.startswith("file:") and remote):
+    if remote and place.startswith(("/", ".", "file:")):
         return error(
-            name, f"{found.name} keeps them in {place}, a folder that the server means on its own "
+            name,
+            f"{found.name} keeps them in {place}, a folder that the server means on its own "
             "disk and clients write to on theirs",
             "start the server with --serve-artifacts and make a new experiment",
-        )  # fmt: skip
+        )
     folder = f"{_ROOT}/{storage.this_machine()}"
     try:
         with mlflow_errors("opening the artifact store"):
@@ -180,10 +206,11 @@ def _artifacts(client: MlflowClient, experiment: str, *, remote: bool) -> Findin
     except TunelineError as fault:
         if "403" in str(fault) or "PERMISSION_DENIED" in str(fault):
             return warning(
-                name, f"this login may not write to the experiment {found.name}",
+                name,
+                f"this login may not write to the experiment {found.name}",
                 "not tried further: a run makes an experiment of its own, or names one in "
                 "registry.experiment that the login may write to",
-            )  # fmt: skip
+            )
         return error(name, str(fault), "look at the server's log: it needs access to its store")
     try:
         with _store_errors("removing a file"):

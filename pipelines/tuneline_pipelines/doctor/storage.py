@@ -71,9 +71,11 @@ def temporary() -> Iterator[Finding]:
         yield error("temporary files", str(fault), "mount an empty volume at /tmp, or set TMPDIR")
     else:
         yield folder(
-            "temporary files", place, "mount an empty volume there, or set TMPDIR",
+            "temporary files",
+            place,
+            "mount an empty volume there, or set TMPDIR",
             least_free_bytes=_LEAST_FREE_TEMPORARY_BYTES,
-        )  # fmt: skip
+        )
     if not _SHM.is_dir():
         return
     status = os.statvfs(_SHM)
@@ -81,9 +83,10 @@ def temporary() -> Iterator[Finding]:
     text = f"{_amount(size)}, {_amount(status.f_bavail * status.f_frsize)} free"
     if size < _LEAST_SHM_BYTES:
         yield warning(
-            "/dev/shm", text, "too small for several accelerators: docker run --shm-size, or a "
-            "pool's shm",
-        )  # fmt: skip
+            "/dev/shm",
+            text,
+            "too small for several accelerators: docker run --shm-size, or a pool's shm",
+        )
     else:
         yield ok("/dev/shm", text)
 
@@ -147,6 +150,7 @@ def store(name: str, url: str) -> Finding:
     probe, content = f".tuneline-doctor-{this_machine()}", os.urandom(32)
     try:
         place = object_store.Folder(url, hurried=True)
+        place.entries(probe)  # a bucket that is not there is made by writing to it in some stores
         place.write(probe, content)
         read = place.read(probe)
         place.remove([probe])
