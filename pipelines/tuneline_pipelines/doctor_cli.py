@@ -133,7 +133,8 @@ def _local(options: argparse.Namespace) -> Iterator[tuple[str, Check]]:
     workdir, offline = options.workdir or Path("tuneline-runs"), options.offline
     yield storage.CACHE_VARIABLE, storage.cache
     yield ROOT_VARIABLE, lambda: storage.checkpoints(offline=offline)
-    yield "work folder", lambda: storage.work_folder(workdir)
+    needed = options.workdir is not None or (options.recipe is not None and not options.cluster)
+    yield "work folder", lambda: storage.work_folder(workdir, needed=needed)
     yield "temporary files", storage.temporary
     yield "pools", lambda: _pools(options)
     recipe, faults = _recipe(options)

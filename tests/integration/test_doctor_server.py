@@ -26,13 +26,7 @@ def report(capsys: pytest.CaptureFixture[str]) -> Callable[[], dict[str, Any]]:
 
 
 def keys_of(object_store: Any, bucket: str) -> list[str]:
-    import boto3
-
-    client = boto3.client(
-        "s3", endpoint_url=object_store.endpoint, aws_access_key_id=object_store.key,
-        aws_secret_access_key=object_store.secret, region_name="us-east-1",
-    )  # fmt: skip
-    found = client.list_objects_v2(Bucket=bucket, Prefix="")
+    found = object_store.client().list_objects_v2(Bucket=bucket, Prefix="")
     return [entry["Key"] for entry in found.get("Contents", ()) if "doctor" in entry["Key"]]
 
 

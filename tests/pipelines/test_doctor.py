@@ -156,6 +156,17 @@ def test_a_folder_that_can_not_be_written_is_an_error(
     assert told["advice"] == "set TUNELINE_CHECKPOINTS to a folder that can"
 
 
+def test_a_work_folder_matters_only_where_something_runs_in_it(
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    told = report("--workdir", str(tmp_path / "file/work"))["work folder"]
+    assert told["level"] == "error" and told["value"] == f"{tmp_path / 'file'} is no folder"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tuneline-runs").write_text("")
+    assert main(["doctor", "--json"]) == 0  # as in a pod, whose own folder is read-only
+
+
 def test_a_full_volume_is_an_error_and_a_nearly_full_one_a_warning(
     report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

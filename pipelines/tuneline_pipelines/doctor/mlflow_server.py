@@ -31,7 +31,7 @@ VARIABLE: Final = "MLFLOW_TRACKING_URI"
 _SECONDS: Final = 5
 _AT_ONCE: Final = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_SECONDS),
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # of a file, a busy store may take its time
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 _LONGEST_VERSION: Final = 40
@@ -193,44 +193,62 @@ def _artifacts(client: MlflowClient, experiment: str, *, remote: bool) -> Findin
             "start the server with --serve-artifacts and make a new experiment",
         )
     folder = f"{_ROOT}/{storage.this_machine()}"
+    with mlflow_errors("opening the artifact store"):
+        store: Any = get_artifact_repository(f"{place}/{folder}")
+    there, fault = _written_and_listed(store)
+    if fault is not None and _is_forbidden(fault):
+        return warning(
+            name,
+            f"this login may not write to the experiment {found.name}",
+            "not tried further: a run makes an experiment of its own, or names one in "
+            "registry.experiment that the login may write to",
+        )
     try:
-        with mlflow_errors("opening the artifact store"):
-            store: Any = get_artifact_repository(f"{place}/{folder}")
+        with _store_errors("removing a file"):
+            store.delete_artifacts()
+    except TunelineError as late:
+        if fault is None:
+            return warning(
+                name, f"{place} takes files; one of some bytes stays in {folder} ({late})"
+            )
+    if fault is not None:
+        return error(name, str(fault), "look at the server's log: it needs access to its store")
+    if there != ["probe.txt"]:
+        return error(name, f"{place} does not list what was written ({there})", "look at the store")
+    return ok(name, f"{place} takes, lists and removes a file")
+
+
+def _written_and_listed(store: Any) -> tuple[list[str], TunelineError | None]:
+    try:
         with tempfile.TemporaryDirectory() as aside:
             probe = Path(aside) / "probe.txt"
             probe.write_text("written by tuneline doctor\n")
             with _store_errors("uploading a file"):
                 store.log_artifact(str(probe))
         with _store_errors("listing artifacts"):
-            there = [entry.path for entry in store.list_artifacts()]
+            return [entry.path for entry in store.list_artifacts()], None
     except TunelineError as fault:
-        if "403" in str(fault) or "PERMISSION_DENIED" in str(fault):
-            return warning(
-                name,
-                f"this login may not write to the experiment {found.name}",
-                "not tried further: a run makes an experiment of its own, or names one in "
-                "registry.experiment that the login may write to",
-            )
-        return error(name, str(fault), "look at the server's log: it needs access to its store")
-    try:
-        with _store_errors("removing a file"):
-            store.delete_artifacts()
-    except TunelineError as fault:
-        return warning(name, f"{place} takes files; one of some bytes stays in {folder} ({fault})")
-    if there != ["probe.txt"]:
-        return error(name, f"{place} does not list what was written ({there})", "look at the store")
-    return ok(name, f"{place} takes, lists and removes a file")
+        return [], fault
+
+
+def _is_forbidden(fault: TunelineError) -> bool:
+    response = getattr(fault.__cause__, "response", None)
+    status = getattr(response, "status_code", None)
+    return status == 403 or getattr(fault.__cause__, "error_code", "") == "PERMISSION_DENIED"
 
 
 @contextlib.contextmanager
 def _store_errors(doing: str) -> Iterator[None]:
     """Errors of the stores' own clients too: a location may be written to from here."""
-    from botocore.exceptions import BotoCoreError, ClientError
+    faults: tuple[type[Exception], ...] = (OSError,)
+    with contextlib.suppress(ImportError):  # an extra; a server that proxies needs none of it
+        from botocore.exceptions import BotoCoreError, ClientError
 
+        faults = (OSError, BotoCoreError, ClientError)
     try:
         with mlflow_errors(doing):
             yield
-    except (BotoCoreError, ClientError, OSError) as fault:
+    except faults as fault:
         raise RegistryError(f"MLflow at {safe_uri()}: {doing}: {fault}") from fault
 
 

@@ -20,7 +20,7 @@ from typing import Final
 from tuneline import object_store
 from tuneline.base_model import cache_dir
 from tuneline.checkpoints_root import ROOT_VARIABLE, local_root, remote_root
-from tuneline.errors import StorageError, TunelineError
+from tuneline.errors import TunelineError
 from tuneline_pipelines.doctor.finding import Finding, error, ok, warning
 
 CACHE_VARIABLE: Final = "TUNELINE_CACHE"
@@ -58,9 +58,17 @@ def checkpoints(*, offline: bool = False) -> Iterator[Finding]:
         yield ok(ROOT_VARIABLE, "not set: a local run keeps them in its work folder")
 
 
-def work_folder(path: Path) -> Iterator[Finding]:
-    """Where a local run keeps everything."""
-    yield folder("work folder", path.absolute(), "name another with --workdir")
+def work_folder(path: Path, *, needed: bool) -> Iterator[Finding]:
+    """Where a local run keeps everything.
+
+    Args:
+        path: of the folder.
+        needed: whether there will be a local run; the pods of a cluster have none.
+    """
+    found = folder("work folder", path.absolute(), "name another with --workdir")
+    if found.level == "error" and not needed:
+        found = warning(found.name, found.value, f"{found.advice}; only local runs need it")
+    yield found
 
 
 def temporary() -> Iterator[Finding]:
@@ -168,6 +176,9 @@ def this_machine() -> str:
 
 
 def _advice_of(fault: TunelineError) -> str:
+    cause = fault.__cause__
+    if cause is None or isinstance(cause, ImportError):
+        return ""  # the sentence says it all
     from botocore.exceptions import (
         ClientError,
         EndpointConnectionError,
@@ -176,9 +187,6 @@ def _advice_of(fault: TunelineError) -> str:
         PartialCredentialsError,
     )
 
-    cause = fault.__cause__
-    if not isinstance(fault, StorageError) or cause is None:
-        return ""
     if isinstance(cause, (NoCredentialsError, PartialCredentialsError)):
         return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the pod a role"
     if isinstance(cause, NoRegionError):
