@@ -289,6 +289,12 @@ def test_an_mlflow_outside_of_the_cluster_is_asked_from_here(look: Look, cluster
     cluster.put("configmaps", "tuneline", data={"mlflow_tracking_uri": uri})
     text = look()["MLflow of the pods"]
     assert text.startswith("warning") and "(Connection refused) from here" in text
+    # the cluster's own server stands in for one that wants a login
+    cluster.remove("secrets", "tuneline-mlflow")
+    cluster.put("configmaps", "tuneline", data={"mlflow_tracking_uri": cluster.host})
+    found = look()
+    assert "behind something that wants a login first (401)" in found["MLflow of the pods"]
+    assert f"not there, and {cluster.host} wants a login" in found["secret tuneline-mlflow"]
 
 
 def test_a_volume_claim_that_no_pod_could_mount_is_an_error(look: Look, cluster: Any) -> None:
@@ -403,14 +409,16 @@ def test_a_queue_that_would_never_admit_a_pod_is_an_error(look: Look, cluster: A
 def test_what_a_login_may_not_look_at_is_a_warning_that_names_the_verb(
     look: Look, cluster: Any
 ) -> None:
-    cluster.denied += ["/secrets/", "/nodes", "/deployments"]
+    cluster.denied += ["/secrets/", "/nodes", "/deployments", "/localqueues/"]
     found = look()
     text = found["secrets"]
     assert text.startswith("warning secrets not looked at: this login may not get secrets in names")
     assert text.endswith("(kubectl auth can-i get secrets -n tuneline)")
     assert "may not list nodes" in found["pools"] and found["pools"].startswith("warning")
     assert "may not get deployments.apps" in found["KFP version"]
-    assert found["queue tuneline"].startswith("ok")  # the rest is looked at all the same
+    text = found["queue"]
+    assert "may not get localqueues.kueue.x-k8s.io in namespace tuneline:" in text
+    assert found["MLflow of the pods"].startswith("ok")  # the rest is looked at all the same
 
 
 def test_a_login_that_is_not_accepted_ends_the_looking(

@@ -129,7 +129,7 @@ class Cluster:
                 return None
             if error.status == 403:
                 named = "namespaced" in function.__name__
-                namespace = str(arguments[-1]) if named and arguments else ""
+                namespace = keywords.get("namespace") or (arguments[-1] if named else "")
                 raise Denied(verb, resource, namespace) from None
             if error.status == 401:
                 raise Unusable(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tuneline import base_model, object_store
 from tuneline.base_model import CODE_PIN, DEMO, HUB_SCHEME
-from tuneline.errors import DataError, ModelError
+from tuneline.errors import TunelineError
 from tuneline_pipelines.doctor.finding import Finding, error, ok
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _base(reference: str, *, offline: bool) -> Finding:
                 name, f"{missing[0]} is missing, which the index names", "copy the model again"
             )
         return ok(name, _gigabytes(file.stat().st_size for file in files))
-    except ModelError as fault:
+    except TunelineError as fault:
         return error(name, str(fault))
 
 
@@ -85,7 +85,7 @@ def _source(source: Source, *, offline: bool) -> Finding:
             for _, opened in found:
                 with opened() as file:
                     file.read(1)
-    except DataError as fault:
+    except TunelineError as fault:
         return error(name, str(fault))
     except OSError as fault:
         return error(

@@ -14,6 +14,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from http.client import HTTPException
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -34,6 +35,8 @@ _AT_ONCE: Final = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # of a file, a busy store may take its time
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
+WITH_A_LOGIN: Final = "api/2.0/mlflow/registered-models/search"
+"""Any call that a server with a login answers with 401."""
 _LONGEST_VERSION: Final = 40
 _INVALID_HOST: Final = "Invalid Host header"
 _ROOT: Final = "tuneline-doctor"
@@ -60,7 +63,7 @@ def checks(experiment: str = "", *, offline: bool = False) -> Iterator[Finding]:
             yield storage.folder(VARIABLE, path.parent, f"name another file in {VARIABLE}")
             return
     if remote:
-        found = reachable(uri, tls=_context())
+        found = reachable(uri)
         yield found
         if found.level == "error":
             return
@@ -68,18 +71,17 @@ def checks(experiment: str = "", *, offline: bool = False) -> Iterator[Finding]:
         yield from _as_a_step(experiment, remote=remote)
 
 
-def reachable(uri: str, *, name: str = VARIABLE, tls: ssl.SSLContext | None = None) -> Finding:
+def reachable(uri: str, *, name: str = VARIABLE) -> Finding:
     """Whether MLflow answers, without a login.
 
     Args:
         uri: of the server; a login in it is neither sent nor shown.
         name: of the finding.
-        tls: what to trust; None: the public certificates.
     """
     parts = urlsplit(uri)
     place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
     try:
-        with urllib.request.urlopen(f"{place}/health", timeout=_SECONDS, context=tls) as answer:
+        with _get(f"{place}/health") as answer:
             said = answer.read(100).strip()
     except urllib.error.HTTPError as fault:
         fault.close()
@@ -90,23 +92,47 @@ def reachable(uri: str, *, name: str = VARIABLE, tls: ssl.SSLContext | None = No
             f"{place} answers {fault.code} and not as MLflow does",
             "check the address and its path, and the server's log",
         )
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, HTTPException) as fault:
         return error(name, f"{place} can't be reached ({_reason(fault)})", _advice(fault))
     if said != b"OK":
         return error(name, f"{place} answers and is no MLflow server", "check the address")
     return ok(name, place)
 
 
-def _context() -> ssl.SSLContext | None:
-    if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
-        return ssl._create_unverified_context()  # what MLflow itself is told to do
-    trusted = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH")
-    trusted = trusted or os.environ.get("REQUESTS_CA_BUNDLE")
-    if not trusted:
+def wants_login(uri: str) -> bool | None:
+    """Whether a server that answers refuses who has no login; None: not to be told."""
+    place = f"{uri.rstrip('/')}/{WITH_A_LOGIN}"
+    try:
+        with _get(place):
+            return False
+    except urllib.error.HTTPError as fault:
+        fault.close()
+        return True if fault.code == 401 else None
+    except (OSError, ValueError, HTTPException):
         return None
-    if Path(trusted).is_dir():
-        return ssl.create_default_context(capath=trusted)
-    return ssl.create_default_context(cafile=trusted)
+
+
+def _get(url: str) -> Any:
+    context = _context() if url.startswith("https:") else None
+    return urllib.request.urlopen(url, timeout=_SECONDS, context=context)
+
+
+def _context() -> ssl.SSLContext:
+    """What the client of MLflow trusts and shows, from the same variables."""
+    if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
+        context = ssl._create_unverified_context()  # what MLflow itself is told to do
+    else:
+        from certifi import where
+
+        variables = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+        trusted = next((os.environ[name] for name in variables if os.environ.get(name)), where())
+        if Path(trusted).is_dir():
+            context = ssl.create_default_context(capath=trusted)
+        else:
+            context = ssl.create_default_context(cafile=trusted)
+    if own := os.environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH"):
+        context.load_cert_chain(own)
+    return context
 
 
 def _reason(fault: Exception) -> str:

@@ -12,8 +12,6 @@ from tuneline_pipelines.doctor.cluster import Cluster, names, shown
 from tuneline_pipelines.doctor.finding import Finding, error, ok, warning
 
 _NAME: Final = "MLflow of the pods"
-_WITH_A_LOGIN: Final = "api/2.0/mlflow/registered-models/search"
-"""Any call that a server with a login answers with 401."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,8 @@ def look(cluster: Cluster, uri: str) -> Answer:
     if service is None:
         found = mlflow_server.reachable(uri, name=_NAME)
         if found.level == "error":  # the pods may reach what this machine can't
-            found = warning(_NAME, f"{found.value} from here", found.advice)
-        return Answer([found])
+            return Answer([warning(_NAME, f"{found.value} from here", found.advice)])
+        return Answer([found], mlflow_server.wants_login(uri))
     port = parts.port or (443 if parts.scheme == "https" else 80)
     listens = [one.port for one in service.spec.ports or ()]
     if port not in listens and service.spec.cluster_ip != "None":
@@ -142,7 +140,7 @@ def _ask(
         return Answer(
             [error(_NAME, f"{address} answers {status} ({body[:200]})", "look at MLflow's log")]
         )
-    status, _ = get(_WITH_A_LOGIN)
+    status, _ = get(mlflow_server.WITH_A_LOGIN)
     wants = {200: False, 401: True}.get(status)
     what = {None: "", False: ", without a login", True: ", with a login"}[wants]
     return Answer([ok(_NAME, f"{address} answers{what}")], wants)

@@ -69,7 +69,11 @@ def checks(place: Place) -> Iterator[Finding]:
     """
     connection, found = _kfp(place)
     yield from found
-    compiled, found = _packages(place, connection)
+    try:
+        compiled, found = _packages(place, connection)
+    except TunelineError as fault:
+        yield error("packages", str(fault))
+        return
     yield from found
     needed = needs.of(compiled)
     yield from kfp_server.images(needed.images)
