@@ -46,8 +46,10 @@ _START_SECONDS: Final = 180
 _STOP_SECONDS: Final = 30
 _STATE: Final = "state.json"
 _PROCESSES: Final = "processes.json"
-_PORTS: Final = range(20000, 45000)
-"""SeaweedFS takes each port plus 10000 too."""
+_PORTS: Final = range(20000, 22768)
+"""SeaweedFS takes each port plus 10000 too; and from 32768 on, connections that begin on this
+machine take any for a while."""
+_SECOND_PORT: Final = 10000
 
 
 _MARK: Final = "TUNELINE_SERVICE"
@@ -491,7 +493,8 @@ def _start_mlflow(
     command = [
         sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth",
         "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-        "--allowed-hosts", f"127.0.0.1:{port},localhost:{port}",
+        # any port: a tunnel or proxy on this machine has another
+        "--allowed-hosts", "127.0.0.1:*,localhost:*",
         "--serve-artifacts", "--artifacts-destination", f"s3://{BUCKET}/artifacts",
     ]  # fmt: skip
     environment = {
@@ -563,7 +566,7 @@ def _write_environment(folder: Path, found: Services) -> None:
 def _port(folder: Path, state: State, name: str) -> int:
     """The port of the last time, or another one if somebody has it now."""
     port = state.ports.get(name)
-    while port is None or not (_is_free(port) and _is_free(port + 10000)):
+    while port is None or not (_is_free(port) and _is_free(port + _SECOND_PORT)):
         port = random.choice(_PORTS)
         if port in state.ports.values():
             port = None
