@@ -53,6 +53,12 @@ def server(services: ModuleType, services_folder: Path) -> Iterator[Any]:
         services.remove(services_folder)
 
 
+@pytest.fixture(scope="session")
+def postgres(server: Any) -> str:
+    """SQLAlchemy URL of MLflow's database, whose user may make others."""
+    return server.database
+
+
 @dataclass(frozen=True)
 class ObjectStore:
     """An S3 endpoint and the key that it takes."""

@@ -4,6 +4,7 @@ is told with its object and with what to do."""
 import base64
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -168,7 +169,7 @@ def test_a_sound_cluster_has_no_error(look: Look, endpoint: Any, cluster: Any) -
     assert found["volume claim tuneline-checkpoints"].endswith("Bound, 50Gi, ReadWriteMany")
     assert found["pool gpu"].endswith("1 of 1 matching nodes could take a step")
     assert found["queue tuneline"].endswith("active, 3 waiting, ClusterQueue gpus")
-    assert found["image"].startswith("warning image tuneline:")
+    assert found["image"].startswith("warning image tuneline-")
     assert found["service account pipeline-runner"].startswith("ok")
 
 
@@ -184,7 +185,7 @@ def test_the_command_reads_what_is_published_and_ends_with_the_errors(
     assert "warning  packages" in told.out and "not published: compare, finetune-bitfit" in told.out
     assert (
         told.out.count("finetune-lora)") == 1 and told.err == ""
-    )  # the image, of the published one
+    )  # the images, of the published one
     cluster.remove("secrets", "tuneline-mlflow")
     assert main([*arguments, "--pool", "gqu", "--json"]) == 1
     told = capsys.readouterr()
@@ -389,6 +390,19 @@ def test_pools_that_the_forms_offer_and_the_cluster_has_not_are_errors(
     assert read_pools().names == ["gpu", "cpu"]  # what the package was compiled with
 
 
+def test_a_service_account_that_is_not_there_is_an_error(look: Look, cluster: Any) -> None:
+    assert look(service_account="me")["service account me"].startswith("error")
+    cluster.put(
+        "serviceaccounts", "tuneline",
+        metadata={"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/t"}},
+    )  # fmt: skip
+    assert look()["service account tuneline"].endswith("role arn:aws:iam::1:role/t")
+    cluster.remove("serviceaccounts", "tuneline")
+    cluster.remove("serviceaccounts", "pipeline-runner")
+    name = "service account tuneline or pipeline-runner or default-editor"
+    assert look()[name].startswith("error")
+
+
 def test_a_queue_that_would_never_admit_a_pod_is_an_error(look: Look, cluster: Any) -> None:
     put_queue(cluster, active="False")
     assert "ClusterQueue gpus is not active (flavor l4 is not found)" in look()["queue tuneline"]
@@ -482,5 +496,5 @@ def test_images_that_move_are_told(look: Look, folder: Path) -> None:
         ("registry.example.org:5000/tuneline", "error"),
         ("tuneline:latest", "error"),
     ):
-        file.write_text(golden.replace("image: tuneline:0.1.0-python3.11", f"image: {image}"))
+        file.write_text(re.sub(r"image: tuneline-\w+:.*", f"image: {image}", golden))
         assert look()["image"].startswith(f"{level} image {image}")

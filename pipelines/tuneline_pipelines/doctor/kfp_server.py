@@ -109,11 +109,11 @@ def images(used: dict[str, str]) -> Iterator[Finding]:
             yield error(
                 "image",
                 f"{image} ({pipeline}) is a different one from day to day",
-                "compile with TUNELINE_IMAGE=REGISTRY/NAME@sha256:...",
+                "compile with TUNELINE_IMAGES=images.lock, which `make push-images` writes",
             )
         else:
             yield warning(
                 "image",
                 f"{image} ({pipeline}) is a tag, which can move",
-                "compile with TUNELINE_IMAGE=REGISTRY/NAME@sha256:... and --release",
+                "compile with TUNELINE_IMAGES=images.lock, which `make push-images` writes",
             )

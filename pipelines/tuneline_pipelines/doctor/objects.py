@@ -4,7 +4,7 @@ service account, a queue. Of a secret only the names of its keys are told, never
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from tuneline import object_store, pools
@@ -275,31 +275,31 @@ def _waits_for_pod(cluster: Cluster, claim: Any) -> bool:
     return bool(found) and found.volume_binding_mode == "WaitForFirstConsumer"
 
 
-def service_account(cluster: Cluster, name: str) -> Iterator[Finding]:
-    """That the pods run as.
+def service_account(cluster: Cluster, names: Sequence[str]) -> Iterator[Finding]:
+    """That the pods run as: the first one that is there.
 
     Args:
         cluster: that it is in.
-        name: of the account.
+        names: of accounts that it may be.
     """
-    found = cluster.ask(
-        "get",
-        "serviceaccounts",
-        cluster.core.read_namespaced_service_account,
-        name,
-        cluster.namespace,
-    )
-    title = f"service account {name}"
-    if found is None:
-        yield error(
-            title,
-            "not there",
-            "name the runs' own with --service-account, here and in `tuneline submit`",
+    for name in names:
+        found = cluster.ask(
+            "get",
+            "serviceaccounts",
+            cluster.core.read_namespaced_service_account,
+            name,
+            cluster.namespace,
         )
-    else:
-        annotations = found.metadata.annotations or {}
-        role = next((f"role {annotations[a]}" for a in _ROLE_ANNOTATIONS if a in annotations), "")
-        yield ok(title, role or "there, without a role of the cloud")
+        if found is not None:
+            notes = found.metadata.annotations or {}
+            role = next((f"role {notes[a]}" for a in _ROLE_ANNOTATIONS if a in notes), "")
+            yield ok(f"service account {name}", role or "there, without a role of the cloud")
+            return
+    yield error(
+        f"service account {' or '.join(names)}",
+        "not there",
+        "name the runs' own with --service-account, here and in `tuneline submit`",
+    )
 
 
 def node_pools(cluster: Cluster, needs: Needs) -> tuple[Pools | None, list[Finding]]:

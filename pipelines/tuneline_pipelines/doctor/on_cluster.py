@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from tuneline.pools import Pools
     from tuneline_pipelines.packages import Package
 
-_RUNNER: Final = {False: "pipeline-runner", True: "default-editor"}
-"""What KFP runs pods as that name no account: with one user, and with several."""
+_RUNNERS: Final = ("tuneline", "pipeline-runner", "default-editor")
+"""What pods that name no account run as: set by tuneline's manifests, KFP's own with one user, and
+with several."""
 _KFP_NAMESPACE: Final = "kubeflow"
 
 
@@ -36,7 +37,7 @@ class Place:
     namespace: str | None = None
     """Of the pods."""
     service_account: str | None = None
-    """Of the pods; None: KFP's default."""
+    """Of the pods; None: one of those that KFP takes by itself."""
     pool: str | None = None
     """Node pool; None: all."""
     packages: Path | None = None
@@ -82,8 +83,7 @@ def checks(place: Place) -> Iterator[Finding]:
     except UsageError as fault:
         yield error("Kubernetes", str(fault))
         return
-    account = place.service_account or _RUNNER[bool(connection and connection.multi_user)]
-    for name, check in _checks(cluster, needed, place, account):
+    for name, check in _checks(cluster, needed, place):
         try:
             yield from check()
         except Denied as fault:
@@ -130,9 +130,7 @@ def _packages(place: Place, connection: Connection | None) -> tuple[list[Package
     return [package], [*findings, ok("packages", "what is compiled here is looked at")]
 
 
-def _checks(
-    cluster: Cluster, needed: needs.Needs, place: Place, account: str
-) -> Iterator[tuple[str, Check]]:
+def _checks(cluster: Cluster, needed: needs.Needs, place: Place) -> Iterator[tuple[str, Check]]:
     from tuneline_pipelines.resources import QUEUE_LABEL
 
     known = _Known()
@@ -185,7 +183,12 @@ def _checks(
         ),
     )
     yield "volume claims", lambda: objects.claims(cluster, needed)
-    yield "service account", lambda: objects.service_account(cluster, account)
+    yield (
+        "service account",
+        lambda: objects.service_account(
+            cluster, [place.service_account] if place.service_account else _RUNNERS
+        ),
+    )
     yield "pools", pool_file
     yield "pools", pool_nodes
     yield "queue", queue
