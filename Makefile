@@ -17,10 +17,10 @@ PIP = "$(BIN)/python" -m pip --disable-pip-version-check $(PIP_FLAGS)
 pinned = $(1)==$(shell sed -n 's/^$(1)==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format checks golden compile images push-images test-images kind-up e2e mlflow clean
+.PHONY: help setup demo test lint format checks golden compile images push-images test-images kind-up e2e mlflow services-up services-down clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  \1@\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F@ '{printf "%-12s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  \1@\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F@ '{printf "%-14s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## make .venv with everything pinned by constraints.txt
 
@@ -79,6 +79,13 @@ e2e: $(STAMP) ## run all pipelines on the cluster that KFP_HOST and MLFLOW_TRACK
 mlflow: $(STAMP) ## open the MLflow UI on the demo's store
 	"$(BIN)/mlflow" ui --backend-store-uri "sqlite:///$(WORKDIR)/mlflow.db"
 
+services-up: $(STAMP) ## MLflow on PostgreSQL and S3, with a login, on this machine; data in build/services
+	"$(BIN)/python" tests/integration/services.py up
+
+services-down: $(STAMP) ## stop them; their data stays
+	"$(BIN)/python" tests/integration/services.py down
+
 clean: ## remove what was built and cached here, except .venv
+	@[ ! -e build/services/processes.json ] || { echo "services are running: make services-down first" >&2; exit 1; }
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
 	find components pipelines tests -type d -name __pycache__ -exec rm -rf {} +

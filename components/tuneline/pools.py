@@ -164,22 +164,37 @@ def read(path: Path | None = None) -> Pools:
     Raises:
         UsageError: no such file, or faults in it.
     """
-    import yaml
-
     path = path or Path(os.environ.get(VARIABLE) or _SHIPPED)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UsageError(
             f"pools file {path} does not exist: on a cluster apply the config map tuneline-pools "
             f"(manifests/base), elsewhere set {VARIABLE} to a file, or unset it"
         ) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(
-            f"pools file {path} can't be read: {' '.join(str(error).split())}"
-        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(f"pools file {path}", error) from error
+    return parse(text, f"pools file {path}")
+
+
+def parse(text: str, source: str) -> Pools:
+    """The pools of a file's text.
+
+    Args:
+        text: YAML.
+        source: where it is from, as a fault names it.
+
+    Raises:
+        UsageError: faults in it.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise _unreadable(source, error) from error
     if not isinstance(values, Mapping):
-        raise UsageError(f"pools file {path} must hold a mapping with `pools`")
+        raise UsageError(f"{source} must hold a mapping with `pools`")
     try:
         return Pools.model_validate(values)
     except ValidationError as error:
@@ -188,4 +203,8 @@ def read(path: Path | None = None) -> Pools:
             f"{fault['msg'].removeprefix('Value error, ')}"
             for fault in error.errors()
         ]
-        raise UsageError(f"pools file {path}:\n" + "\n".join(f"- {f}" for f in faults)) from error
+        raise UsageError(f"{source}:\n" + "\n".join(f"- {f}" for f in faults)) from error
+
+
+def _unreadable(source: str, error: Exception) -> UsageError:
+    return UsageError(f"{source} can't be read: {' '.join(str(error).split())}")

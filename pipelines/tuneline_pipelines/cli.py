@@ -23,7 +23,7 @@ from tuneline import __version__
 from tuneline.errors import EXIT_FAILED, EXIT_TERMINATED, Terminated, TunelineError, UsageError
 from tuneline.progress import complain, minutes
 from tuneline.termination import raise_on_sigterm
-from tuneline_pipelines import cluster_cli, methods_cli, registry_cli
+from tuneline_pipelines import cluster_cli, doctor_cli, methods_cli, registry_cli
 
 _EXIT_INTERRUPTED = 130
 
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     registry_cli.add_commands(commands)
     methods_cli.add_commands(commands)
     cluster_cli.add_commands(commands)
+    doctor_cli.add_commands(commands)
     _add_fetch_model(commands)
     _add_compile(commands)
     _add_lint(commands)

