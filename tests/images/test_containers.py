@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import docker
 import pytest
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.containers
 
 IMAGE = os.environ.get("TUNELINE_TEST_IMAGE", f"tuneline-cpu:{__version__}-python3.11")
 ROOT = Path(__file__).parents[2]
-LOCKED_UP = {
+LOCKED_UP: dict[str, Any] = {
     "network_mode": "none",
     "read_only": True,
     "tmpfs": {"/tmp": "mode=1777", containers.HOME: "mode=1777"},
@@ -83,6 +84,17 @@ def test_every_module_of_ours_is_compiled_and_the_compiler_is_the_one_that_kfp_w
     assert version.split(".")[:2] == kfp.__version__.split(".")[:2]
     assert modules > 100
     assert uncompiled == []
+
+
+def test_doctor_is_content_with_the_image_once_the_cache_can_be_written(
+    engine: docker.DockerClient,
+) -> None:
+    command = ["tuneline", "doctor", "--offline"]
+    with pytest.raises(docker.errors.ContainerError, match="TUNELINE_CACHE"):
+        run(engine, command)
+    tmpfs = {**LOCKED_UP["tmpfs"], containers.CACHE: f"uid={containers.USER}"}
+    said = engine.containers.run(IMAGE, command, remove=True, **{**LOCKED_UP, "tmpfs": tmpfs})
+    assert b" 0 errors" in said
 
 
 def test_sigterm_reaches_python_behind_the_shell_that_kfp_starts(
