@@ -6,8 +6,9 @@ skipped and say which one is missing.
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,12 +44,20 @@ def services_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(services: ModuleType, services_folder: Path) -> Iterator[Any]:
+def services_up(services: ModuleType, services_folder: Path) -> Callable[..., Any]:
+    """Starts those that do not run, as the tests want them."""
+    return partial(services.up, services_folder, durable=False, mlflow_environment=WEBHOOKS)
+
+
+@pytest.fixture(scope="session")
+def server(
+    services: ModuleType, services_folder: Path, services_up: Callable[..., Any]
+) -> Iterator[Any]:
     """All of them, running."""
     if reason := services.missing():
         pytest.skip(reason)
     try:
-        yield services.up(services_folder, durable=False, mlflow_environment=WEBHOOKS)
+        yield services_up()
     finally:
         services.remove(services_folder)
 

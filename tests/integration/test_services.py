@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -102,13 +103,13 @@ def test_secrets_are_in_files_of_their_owner_only(server: Any, services_folder: 
 
 
 def test_called_again_it_starts_what_died_and_what_it_kept_is_there(
-    tracking: Any, services: ModuleType, services_folder: Path
+    tracking: Any, services_up: Callable[..., Any], services_folder: Path
 ) -> None:
     import mlflow
 
     told: list[str] = []
     before = processes(services_folder)
-    assert services.up(services_folder, tell=told.append) == tracking
+    assert services_up(tell=told.append) == tracking
     assert processes(services_folder) == before
     assert all("was running" in line for line in told) and len(told) == 3
     mlflow.set_tracking_uri(tracking.uri)
@@ -120,7 +121,7 @@ def test_called_again_it_starts_what_died_and_what_it_kept_is_there(
     database.kill()
     psutil.wait_procs(family, timeout=30)  # its children notice; MLflow's hold the port
     assert any(worker.is_running() for worker in workers)
-    found = services.up(services_folder, durable=False, tell=told.append)
+    found = services_up(tell=told.append)
     after = processes(services_folder)
     assert after["seaweedfs"] == before["seaweedfs"] and after["mlflow"] != before["mlflow"]
     kept = mlflow.MlflowClient().get_experiment_by_name("kept")
