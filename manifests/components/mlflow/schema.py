@@ -29,7 +29,7 @@ def migrate() -> None:
     with connection.cursor() as cursor:
         cursor.execute("SELECT pg_advisory_lock(%s)", (LOCK,))
         for command in (
-            ["mlflow", "db", "upgrade", URI],
+            [sys.executable, "-m", "mlflow", "db", "upgrade", URI],
             [sys.executable, "-m", "mlflow.server.auth", "db", "upgrade", "--url", URI],
         ):
             subprocess.run(command, check=True)
