@@ -51,15 +51,19 @@ def runner(recipe: Recipe, workdir: Path) -> local.DockerRunner:
     from kfp import local
 
     from tuneline.base_model import cache_dir
-    from tuneline.checkpoints_root import local_root
+    from tuneline.checkpoints_root import ROOT_VARIABLE, remote_root
 
     environment = {name: value for name, value in os.environ.items() if name.startswith(_HANDED_IN)}
-    writable = {workdir: workdir, cache_dir().absolute(): Path(CACHE)}
-    checkpoints = local_root()
-    if checkpoints and not set(writable) & set(checkpoints.absolute().parents):
-        writable[checkpoints.absolute()] = checkpoints.absolute()
+    # inside -> outside: a folder may be seen at two places
+    writable = {workdir: workdir, Path(CACHE): cache_dir().absolute()}
+    if remote_root() is None and (root := os.environ.get(ROOT_VARIABLE)):
+        # as the environment of the steps names it; in the work folder it is there already
+        checkpoints = Path(root).absolute()
+        environment[ROOT_VARIABLE] = str(checkpoints)
+        if workdir not in (checkpoints, *checkpoints.parents):
+            writable[checkpoints] = checkpoints
     try:
-        for folder in writable:
+        for folder in writable.values():
             folder.mkdir(parents=True, exist_ok=True)
             if os.getuid() == 0:
                 _give(folder)
@@ -68,7 +72,7 @@ def runner(recipe: Recipe, workdir: Path) -> local.DockerRunner:
             f"{error.filename} can't be made for the containers ({error.strerror}): name another "
             "folder with --workdir or TUNELINE_CACHE"
         ) from error
-    readable = _readable([recipe.model_dump(mode="json"), environment], set(writable))
+    readable = _readable([recipe.model_dump(mode="json"), environment], set(writable.values()))
     user, group = (USER, USER) if os.getuid() == 0 else (os.getuid(), os.getgid())
     return local.DockerRunner(
         user=f"{user}:{group}",
@@ -81,7 +85,7 @@ def runner(recipe: Recipe, workdir: Path) -> local.DockerRunner:
         shm_size="1g",
         working_dir=str(Path.cwd()),  # which the recipe's paths may start from
         mounts=[
-            *(Mount(str(inside), str(path), type="bind") for path, inside in writable.items()),
+            *(Mount(str(inside), str(path), type="bind") for inside, path in writable.items()),
             *(Mount(str(p), str(p), type="bind", read_only=True) for p in readable),
         ],
     )
@@ -122,7 +126,7 @@ def _readable(values: Any, writable: set[Path]) -> list[Path]:
             found.add(path.parent if "*" in value and not path.is_dir() else path)
 
     walk(values)
-    found = {path for path in found if path.exists() and path not in (Path.cwd(), Path("/"))}
+    found = {path for path in found if path.exists() and path != Path("/")}
     return sorted(p for p in found - writable if not (found | writable) & set(p.parents))
 
 
