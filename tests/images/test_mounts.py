@@ -12,7 +12,7 @@ from tuneline_pipelines import containers
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that the user stands in, with a model, data, and a file that is nobody's business."""
+    """Where the user stands: a model, data, and a file that is nobody's business."""
     here = tmp_path / "here"
     for name in ("model", "data"):
         (here / name).mkdir(parents=True)
