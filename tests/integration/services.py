@@ -44,6 +44,7 @@ USER: Final = "tuner"
 _START_SECONDS: Final = 180
 """MLflow's first start makes its tables: 23 s of CPU time on a slow core."""
 _STOP_SECONDS: Final = 30
+_PORT_SECONDS: Final = 10
 _STATE: Final = "state.json"
 _PROCESSES: Final = "processes.json"
 _PORTS: Final = range(20000, 22768)
@@ -268,14 +269,31 @@ class _Processes:
             process.send_signal(signal.SIGINT if name == "postgresql" else signal.SIGTERM)
             _wait_for([process])
             children.append(process)
-        alive = [one for one in {*children, *self._left_by(name)} if _runs(one)]
-        for one in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-        _wait_for(alive)
+        found = process is not None
+        # until there is none: one that is just being started shows no environment yet
+        while alive := [one for one in {*children, *self._left_by(name)} if _runs(one)]:
+            found = True
+            for one in alive:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+            _wait_for(alive)
         if self._known.pop(name, None) is not None:
             self._save()
-        return process is not None or bool(alive)
+        return found
+
+    def listens(self, name: str, port: int) -> bool:
+        """Whether it is this service that has the port, and not what is left of an earlier one."""
+        import psutil
+
+        process = self.find(name)
+        if process is None:
+            return False
+        for one in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for connection in one.net_connections("tcp"):
+                    if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
+                        return True
+        return False
 
     def _left_by(self, name: str) -> Iterator[Any]:
         """Workers of a service whose own process was killed: they hold its port."""
@@ -509,10 +527,18 @@ def _start_mlflow(
         "AWS_DEFAULT_REGION": "us-east-1",
         "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        # no job of MLflow's own is used, and its seven idle runners take 1.4 GB
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         **further,
     }
     url = f"http://127.0.0.1:{port}/health"
-    running.start("mlflow", command, lambda: _answers(url), folder / "mlflow.log", environment)
+    running.start(
+        "mlflow",
+        command,
+        lambda: _answers(url) and running.listens("mlflow", port),
+        folder / "mlflow.log",
+        environment,
+    )
     state.mlflow_version = installed
     _write_state(folder, state)
     tell(f"{'mlflow':<12}on port {port}, user {USER}")
@@ -566,6 +592,10 @@ def _write_environment(folder: Path, found: Services) -> None:
 def _port(folder: Path, state: State, name: str) -> int:
     """The port of the last time, or another one if somebody has it now."""
     port = state.ports.get(name)
+    # of a process that was killed the last thread may be closing it just now
+    deadline = time.monotonic() + _PORT_SECONDS
+    while port is not None and not _is_free(port) and time.monotonic() < deadline:
+        time.sleep(0.1)
     while port is None or not (_is_free(port) and _is_free(port + _SECOND_PORT)):
         port = random.choice(_PORTS)
         if port in state.ports.values():
