@@ -182,7 +182,8 @@ class TrainingSection(Settings):
     time for a fraction of the memory."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the computation; what trains is held in fp32 always. `auto`: bf16 on an accelerator that
-    has it, else fp32."""
+    has it; on a CPU with bf16 units (AVX-512 BF16, AMX) for products with frozen weights, and fp32
+    for the rest; else fp32."""
     kernels: Literal["auto", "off"] = "auto"
     """`auto`: flash attention and Liger kernels on an accelerator where they are installed."""
     compile: bool = False

@@ -14,8 +14,11 @@ from transformers.utils.import_utils import is_flash_attn_2_available, is_liger_
 
 from tuneline.errors import TrainingError
 from tuneline.finetune.batching import Layout
+from tuneline.finetune.frozen import has_bf16_units, round_frozen
 from tuneline.finetune.load import compute_dtype
 from tuneline.finetune.methods import Method
+from tuneline.finetune.methods.structure import output_layer
+from tuneline.progress import report
 from tuneline.recipe import TrainingSection
 
 _LAST_FRACTION: Final = 0.1
@@ -90,7 +93,10 @@ def has_liger() -> bool:
 
 
 def use_kernels(model: Any, training: TrainingSection) -> Layout:
-    """Give the model flash attention where there is one; returns how batches are laid out.
+    """Give the model what the hardware runs best; returns how batches are laid out.
+
+    Flash attention where there is one, and bf16 products with frozen weights on a CPU with units
+    for them.
 
     Packed rows need no mask with it. Elsewhere the block-diagonal mask makes every row pay for the
     whole pack's attention, and rows of like length win.
@@ -106,6 +112,13 @@ def use_kernels(model: Any, training: TrainingSection) -> Layout:
     )
     if flash:
         model.set_attn_implementation("flash_attention_2")
+    if training.precision == "auto" and not torch.cuda.is_available() and has_bf16_units():
+        layers = round_frozen(model, output_layer(model))
+        if layers:
+            report(
+                f"{layers} frozen layers in bf16, all else in fp32 (training.precision: fp32 "
+                "leaves them in fp32)"
+            )
     if training.batching == "grouped" or (training.batching == "auto" and not flash):
         return "grouped"
     if packed_rows_are_apart(model):
