@@ -384,6 +384,20 @@ def test_processes_give_the_same_rows_and_a_killed_run_goes_on_where_it_was(
     assert whole.read_jsonl("test_rows.jsonl") == parts.read_jsonl("test_rows.jsonl")
 
 
+def test_equal_blocks_are_encoded_side_by_side(
+    prepared: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuneline.data_prep.prepare.cpu_count", lambda: 4)
+    rows = [chat(f"question number {n}", "yes") for n in range(300)]
+    paths = [write(tmp_path / f"{name}.jsonl", rows) for name in "abcd"]
+    dataset = prepared(train=paths, contract={"max_duplicate_fraction": 1})
+    assert dataset.read_json("contract.json")["rows_in"] == 1200
+    assert len(list((cache_dir() / "tokens").iterdir())) == 2  # one block, its rows and its index
+    alone = prepared(train=paths[0])
+    for split in SPLITS:
+        assert ids_of(dataset, split) == ids_of(alone, split)
+
+
 class Page(HTMLParser):
     """Collects what a browser would fetch or run."""
 

@@ -1,4 +1,4 @@
-"""Blocks of raw rows -> blocks of tokens, in as many processes as there are cores, kept by content.
+"""Blocks of raw rows -> blocks of tokens, as many at a time as there are cores, kept by content.
 
 An encoded block is named by the digest of its raw rows and of everything that decides their tokens,
 and stays in the cache: input that was prepared before is not tokenized again, and a run that was
@@ -17,14 +17,16 @@ import hashlib
 import json
 import math
 import os
+import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -65,6 +67,8 @@ _PRELOADED: Final = [
 ]
 """Imported once, by the server that the workers are forked from."""
 _CACHE_BYTES: Final = 20 * 10**9
+_FEW_BLOCKS: Final = 8
+"""Starting processes takes as long as encoding about this many blocks in them saves."""
 SPLITS: Final = ("train", "validation", "test")
 
 
@@ -474,7 +478,8 @@ def _write_index(path: Path, columns: _Columns, words: list[str], metadata: dict
 def _write(path: Path, table: Any) -> None:
     import pyarrow as pa
 
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    # the same rows may come in two blocks at once
+    aside = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
         with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
@@ -489,16 +494,18 @@ def metadata_of(index: Any) -> dict[str, Any]:
     return json.loads(index.schema.metadata[b"tuneline"])
 
 
-# --- in processes
+# --- several at a time
 
 
 _encoders: dict[int, Encoder] = {}
 
 
+_Submit = Callable[[int, Block, Path], Future[None]]
+
+
 def _start_worker(plans: list[Plan]) -> None:
     import gc
     import multiprocessing
-    import threading
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is parallel enough
     parent = multiprocessing.parent_process()
@@ -537,7 +544,7 @@ def encode_blocks(
     Args:
         plans: one per source.
         blocks: position of the plan, and the raw rows.
-        workers: processes; a single block is encoded in this one.
+        workers: at work at a time, threads of this process for few blocks, else processes.
 
     Raises:
         DataError: a process died.
@@ -547,36 +554,29 @@ def encode_blocks(
     keys = [plan.key() for plan in plans]
     pending: deque[tuple[EncodedBlock, Future[None] | None]] = deque()
     iterator = iter(blocks)
+    first = deque(islice(iterator, _FEW_BLOCKS + 1))
+    start = _threads if len(first) <= _FEW_BLOCKS else _processes
     with contextlib.ExitStack() as stack:
-        pool: ProcessPoolExecutor | None = None
-        first: list[tuple[int, Block]] = list(_upto(iterator, 2))
-        alone = len(first) < 2 or workers < 2
-        here: dict[int, Encoder] = {}
-        for number, block in chain(first, iterator):
+        submit: _Submit | None = None
+        for number, block in chain(_drained(first), iterator):
             path = folder / _block_key(keys[number], block)
             bare = Block(block.kind, b"", block.file, block.first, block.unit)
             encoded = EncodedBlock(path, bare, number)
             if _is_cached(path):
                 pending.append((encoded, None))
-            elif alone:
-                if number not in here:
-                    here[number] = Encoder(plans[number])
-                here[number].encode(block, path)
-                pending.append((encoded, None))
             else:
-                pool = pool or stack.enter_context(_pool(plans, workers))
-                pending.append((encoded, pool.submit(_encode_in_worker, number, block, path)))
+                submit = submit or stack.enter_context(start(plans, workers))
+                pending.append((encoded, submit(number, block, path)))
             while pending and (len(pending) > 2 * workers or pending[0][1] is None):
                 yield _finished(*pending.popleft())
         while pending:
             yield _finished(*pending.popleft())
 
 
-def _upto(blocks: Iterator[tuple[int, Block]], count: int) -> Iterator[tuple[int, Block]]:
-    for _ in range(count):
-        if (block := next(blocks, None)) is None:
-            return
-        yield block
+def _drained(blocks: deque[tuple[int, Block]]) -> Iterator[tuple[int, Block]]:
+    """Their bytes are not kept for longer than they are needed."""
+    while blocks:
+        yield blocks.popleft()
 
 
 def _block_key(plan: str, block: Block) -> str:
@@ -601,14 +601,32 @@ def _is_cached(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _pool(plans: list[Plan], workers: int) -> Iterator[ProcessPoolExecutor]:
+def _threads(plans: list[Plan], workers: int) -> Iterator[_Submit]:
+    """Three quarters of the time is spent in the tokenizer, which lets other threads work."""
+    own = threading.local()  # a renderer has one text at a time
+
+    def encode(plan: int, block: Block, path: Path) -> None:
+        encoders = own.__dict__.setdefault("encoders", {})
+        if plan not in encoders:
+            encoders[plan] = Encoder(plans[plan])
+        encoders[plan].encode(block, path)
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            yield partial(pool.submit, encode)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _processes(plans: list[Plan], workers: int) -> Iterator[_Submit]:
     import multiprocessing
 
     context = multiprocessing.get_context("forkserver")  # fork would copy threads that hold locks
     context.set_forkserver_preload(_PRELOADED)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (plans,))
     try:
-        yield pool
+        yield partial(pool.submit, _encode_in_worker)
     finally:
         pool.shutdown(cancel_futures=True)
 
