@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tuneline_pipelines.containers import USER
+
 ROOT = Path(__file__).parents[2]
 NAMED_ELSEWHERE = {"kubeflow"}  # KFP's own namespace: made with the objects of the whole cluster
 
@@ -62,6 +64,11 @@ def test_patches_of_kfp_are_in_what_is_built(overlays: dict[str, list[dict[str, 
         assert "executor" in settings, name  # what is not patched stays
         # without it, graphs of steps would be run again too
         assert retry["expression"] == 'lastRetry.message != ""', name
+        # a new volume belongs to root, and steps don't run as root
+        assert defaults["securityContext"] == {
+            "fsGroup": USER,
+            "fsGroupChangePolicy": "OnRootMismatch",
+        }, name
         server = by_name["Deployment", "ml-pipeline"]["spec"]["template"]["spec"]
         mounts = server["containers"][0]["volumeMounts"]
         assert {"/config/config.json", "/etc/mlflow-tracking-ca"} == {
