@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from tuneline.pools import read
+from tuneline_pipelines import schedules
 
 ROOT = Path(__file__).parents[2]
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
@@ -143,6 +144,22 @@ def test_schedules_are_the_examples() -> None:
     for name in ("schedules.yaml", "demo.yaml"):
         example = (ROOT / "examples" / name).read_text()
         assert (ROOT / "manifests/components/schedules" / name).read_text() == example
+
+
+def test_production_has_no_schedule_but_the_user_s_own(overlays: Overlays, tmp_path: Path) -> None:
+    """Those of the demo would train and promote its model every night."""
+    maps = names(overlays["production"], "ConfigMap")
+    (files,) = (m["data"] for name, m in maps.items() if name.startswith("tuneline-schedules-"))
+    assert files.keys() == {"schedules.yaml"}
+    file = tmp_path / "schedules.yaml"
+    file.write_text(files["schedules.yaml"])
+    read_file = schedules.read(file)
+    assert read_file.schedules == () and read_file.group == "example"
+    # the entry that it shows is one
+    shown = files["schedules.yaml"].replace("schedules: []\n# ", "schedules:\n").replace("\n# ", "\n")
+    file.write_text("group: example\n" + shown[shown.index("schedules:") :])
+    (entry,) = schedules.read(file).schedules
+    assert (entry.name, entry.pipeline) == ("example-nightly", "retrain")
 
 
 def references(spec: dict[str, Any]) -> list[tuple[str, str, str | None]]:
