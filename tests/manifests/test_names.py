@@ -156,7 +156,9 @@ def test_production_has_no_schedule_but_the_user_s_own(overlays: Overlays, tmp_p
     read_file = schedules.read(file)
     assert read_file.schedules == () and read_file.group == "example"
     # the entry that it shows is one
-    shown = files["schedules.yaml"].replace("schedules: []\n# ", "schedules:\n").replace("\n# ", "\n")
+    shown = (
+        files["schedules.yaml"].replace("schedules: []\n# ", "schedules:\n").replace("\n# ", "\n")
+    )
     file.write_text("group: example\n" + shown[shown.index("schedules:") :])
     (entry,) = schedules.read(file).schedules
     assert (entry.name, entry.pipeline) == ("example-nightly", "retrain")
@@ -220,7 +222,10 @@ def test_services_find_what_they_read(
 
 
 def test_policies_and_services_select_pods_that_are_there(overlays: Overlays) -> None:
-    labels = [{"pipelines.kubeflow.org/v2_component": "true"}]  # the steps of runs
+    labels = [
+        {"pipelines.kubeflow.org/v2_component": "true"},  # the steps of runs
+        {"app.kubernetes.io/name": "prometheus"},
+    ]
     for thing in overlays["staging"]:
         spec = thing.get("spec", {})
         spec = spec.get("jobTemplate", {}).get("spec", spec)
@@ -242,7 +247,7 @@ def test_policies_and_services_select_pods_that_are_there(overlays: Overlays) ->
                 assert selects({"matchLabels": spec["selector"]}), (where, thing["metadata"])
             if thing["kind"] == "NetworkPolicy":
                 assert selects(spec["podSelector"]), (where, thing["metadata"])
-                peers = [p for rule in spec.get("ingress", ()) for p in rule["from"]]
+                peers = [p for rule in spec.get("ingress", ()) for p in rule.get("from", ())]
                 peers += [p for rule in spec.get("egress", ()) for p in rule["to"]]
                 for peer in peers:
                     assert selects(peer.get("podSelector", {})), (where, thing["metadata"])
