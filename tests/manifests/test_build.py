@@ -20,7 +20,7 @@ def test_every_overlay_builds(overlays: dict[str, list[dict[str, Any]]]) -> None
 
 def test_every_component_builds(components: dict[str, list[dict[str, Any]]]) -> None:
     assert all(components.values())
-    expected = "base kfp kueue mlflow object-store postgres prometheus schedules trainer"
+    expected = "base champions kfp kueue mlflow object-store postgres prometheus schedules trainer"
     assert set(expected.split()) <= components.keys()
 
 

@@ -139,6 +139,7 @@ ml-pipeline tuneline-mlflow 5000
 ml-pipeline ml-pipeline-visualizationserver 8888
 workflow-controller seaweedfs 8333
 tuneline-schedules ml-pipeline 8888
+tuneline-champions tuneline-mlflow 5000
 prometheus ml-pipeline 8888
 prometheus workflow-controller 9090
 ingress tuneline-mlflow 5000
