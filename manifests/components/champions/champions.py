@@ -1,7 +1,9 @@
-"""Fail where a champion is older than some days, or MLflow can't be asked: python champions.py DAYS.
+"""Fail where a champion is older than some days, or MLflow can't be asked.
 
-A retraining that finds nothing to do, or that the gate refuses, ends well too, so that no success of a
-run says how old a champion is. A champion is as old as the registration of its version.
+    python champions.py DAYS
+
+A retraining that finds nothing to do, or that the gate refuses, ends well too, so that no success
+of a run says how old a champion is. It is as old as the registration of its version.
 """
 
 import sys
