@@ -1,5 +1,6 @@
 """Every kustomization builds, and what comes from elsewhere is pinned."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,26 @@ def test_mlflow_starts_no_job_processes_which_outgrow_its_memory(
         for source in container["envFrom"]:
             settings |= by_name["ConfigMap", source["configMapRef"]["name"]]["data"]
         assert settings["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false", name
+
+
+def test_production_talks_to_databases_with_tls(
+    overlays: dict[str, list[dict[str, Any]]],
+) -> None:
+    """As far as KFP can without a file of the authority's: its README names what is left."""
+    things = {(t["kind"], t["metadata"]["name"]): t for t in overlays["production"]}
+
+    def container(name: str) -> dict[str, Any]:
+        return things["Deployment", name]["spec"]["template"]["spec"]["containers"][0]
+
+    variables = {v["name"]: v.get("value") for v in container("ml-pipeline")["env"]}
+    assert json.loads(variables["DBCONFIG_MYSQLCONFIG_EXTRAPARAMS"]) == {"tls": "true"}
+    arguments = container("cache-server")["args"]
+    assert len(arguments) == 9  # KFP's own stay
+    assert json.loads(arguments[-1].removeprefix("--db_extra_params=")) == {"tls": "true"}
+    (server,) = (t for (_, name), t in things.items() if name.startswith("tuneline-mlflow-server"))
+    assert server["data"]["PGSSLMODE"] == "verify-full"
+    for name in ("local", "staging"):
+        assert "tls" not in json.dumps([t for t in overlays[name] if t["kind"] == "Deployment"])
 
 
 def test_production_has_two_mlflow_servers_apart(

@@ -225,6 +225,7 @@ def test_policies_and_services_select_pods_that_are_there(overlays: Overlays) ->
     labels = [
         {"pipelines.kubeflow.org/v2_component": "true"},  # the steps of runs
         {"app.kubernetes.io/name": "prometheus"},
+        {"acme.cert-manager.io/http01-solver": "true"},
     ]
     for thing in overlays["staging"]:
         spec = thing.get("spec", {})

@@ -24,6 +24,7 @@ STEP = Pod(RUNS, (("pipelines.kubeflow.org/v2_component", "true"),))
 OTHERS = {
     "step": STEP,
     "prometheus": Pod("monitoring", (("app.kubernetes.io/name", "prometheus"),)),
+    "acme-solver": Pod(OURS, (("acme.cert-manager.io/http01-solver", "true"),), (8089,)),
     "ingress": Pod("ingress-nginx", (("app.kubernetes.io/name", "ingress-nginx"),)),
 }
 STRANGERS = [
@@ -143,6 +144,7 @@ tuneline-champions tuneline-mlflow 5000
 prometheus ml-pipeline 8888
 prometheus workflow-controller 9090
 ingress tuneline-mlflow 5000
+ingress acme-solver 8089
 tuneline-mlflow tuneline-postgres 5432
 tuneline-mlflow tuneline-object-store 8333
 tuneline-mlflow-migrate tuneline-postgres 5432

@@ -57,3 +57,17 @@ def test_the_release_of_every_overlay_with_digests_is_written_down() -> None:
         "manifests/overlays/staging/README.md",
         "manifests/overlays/production/README.md",
     } <= named
+
+
+@pytest.mark.parametrize(
+    "readme", sorted(ROOT.glob("manifests/**/README.md")), ids=lambda file: file.parent.name
+)
+def test_jobs_are_deleted_before_anything_is_compared_or_applied(readme: Path) -> None:
+    """They can't be changed, which kubectl diff fails by too."""
+    for block in re.findall(r"```sh\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL):
+        lines = block.splitlines()
+        meets = [
+            n for n, line in enumerate(lines) if re.match(r"kubectl (diff|apply) -k mani", line)
+        ]
+        deletes = [n for n, line in enumerate(lines) if "delete job" in line]
+        assert not meets or (deletes and deletes[0] < min(meets)), block
