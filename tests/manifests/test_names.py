@@ -80,6 +80,16 @@ def test_packages_find_their_secrets(
                 assert keys <= found[entry["secretName"]], overlay
 
 
+def test_no_step_holds_the_login_of_mlflow_s_administrator(overlays: Overlays) -> None:
+    def entries(name: str, namespace: str) -> set[str]:
+        secret = names(overlays["production"], "ExternalSecret", namespace)[name]
+        return {one["remoteRef"]["key"] for one in secret["spec"]["data"]}
+
+    steps = entries("tuneline-mlflow-steps", "tuneline")
+    assert entries("tuneline-mlflow", RUNS) == entries("kfp-mlflow-credentials", RUNS) == steps
+    assert not steps & entries("tuneline-mlflow-admin", "tuneline")
+
+
 def test_packages_find_their_volumes(executors: list[dict[str, Any]], overlays: Overlays) -> None:
     for overlay, things in overlays.items():
         claims = names(things, "PersistentVolumeClaim")

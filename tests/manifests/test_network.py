@@ -148,6 +148,7 @@ ingress acme-solver 8089
 tuneline-mlflow tuneline-postgres 5432
 tuneline-mlflow tuneline-object-store 8333
 tuneline-mlflow-migrate tuneline-postgres 5432
+tuneline-mlflow-users tuneline-mlflow 5000
 tuneline-postgres-backup tuneline-postgres 5432
 tuneline-object-store-buckets tuneline-object-store 8333
 """
