@@ -25,7 +25,7 @@ kind load docker-image "$image" --name "$name"
 manifests/secrets.sh --context "kind-$name"
 
 # jobs of an earlier call can't be changed
-"${kubectl[@]}" -n tuneline delete job tuneline-mlflow-migrate tuneline-object-store-buckets --ignore-not-found
+"${kubectl[@]}" -n tuneline delete job tuneline-mlflow-migrate tuneline-mlflow-users tuneline-object-store-buckets --ignore-not-found
 kubectl kustomize manifests/overlays/local |
     sed "s|image: tuneline-cpu:.*\$|image: $image|" |
     "${kubectl[@]}" apply -f -
