@@ -22,7 +22,7 @@ from tuneline.artifacts import digest_of_file
 from tuneline.data_prep import chat, sources
 from tuneline.data_prep.encode import encode_blocks, metadata_of
 from tuneline.data_prep.prepare import _plans
-from tuneline.data_prep.records import parse_record
+from tuneline.data_prep.records import BadRow, parse_record
 from tuneline.data_prep.sources import read_blocks
 from tuneline.errors import DataError
 from tuneline.recipe import DataSection, Source
@@ -252,6 +252,21 @@ def test_columns_are_mapped_and_the_rest_stays_for_slices() -> None:
     assert record.columns == {"topic": "maths", "level": 3}
 
 
+def test_what_json_has_no_number_for_is_left_out_of_the_columns_and_counted() -> None:
+    row = json.loads('{"prompt": "p", "completion": "c", "a": NaN, "b": 1e999, "c": 0.5}')
+    record = parse_record(row, Source(path="x"))
+    assert record.columns == {"c": 0.5} and record.values_left_out == 2
+
+
+def test_the_sentence_of_a_bad_row_is_short_and_says_what_is_allowed() -> None:
+    row = {"messages": [{"role": "x" * 3_000_000, "content": "c"}]}
+    with pytest.raises(BadRow) as caught:
+        parse_record(row, Source(path="x"))
+    sentence = str(caught.value)
+    assert len(sentence) < 500
+    assert sentence.startswith("message 1: role 'xxx") and sentence.endswith("assistant, tool")
+
+
 def message(**values: Any) -> bytes:
     return json.dumps({"messages": [{"role": "user", "content": "q"}, values]}).encode() + b"\n"
 
@@ -297,6 +312,60 @@ BAD_ROWS = {  # line -> reason, part of the sentence; each is counted beside goo
     ),
     "image part": (
         message(role="assistant", content=[{"type": "image_url"}]), "wrong_type", "'image_url'",
+    ),
+    "no call and no answer": (
+        message(role="assistant", content="", tool_calls="[]"), "empty_turn", "answer is empty",
+    ),
+    "calls of a wrong type": (
+        message(role="assistant", content="x", tool_calls=0), "wrong_type", "tool_calls is int",
+    ),
+    "answer without a width": (
+        message(role="assistant", content="\ufeff \u200b\n"), "empty_turn", "answer is empty",
+    ),
+    "completion without a width": (
+        row(prompt="p", completion="\u200b"), "empty_turn", "completion is empty",
+    ),
+    "repeated key": (
+        LINE.replace(b'{"role": "user"', b'{"role": "system", "role": "user"'),
+        "malformed_json", "key 'role' is there more than once",
+    ),
+    "repeated key in a column of text": (
+        row(messages='[{"role": "user", "role": "user", "content": "q"}]'),
+        "malformed_json", "key 'role' is there more than once",
+    ),
+    "turn with weight": (
+        row(conversations=[{"from": "human", "value": "q"},
+                           {"from": "gpt", "value": "a", "weight": 0}]),
+        "unknown_key", "turn 2: keys weight are not supported; keys are from, value",
+    ),
+    "images beside the text": (
+        json.dumps(GOOD | {"images": ["a.png"]}).encode() + b"\n", "wrong_type", "has images",
+    ),
+    "audio beside the text": (
+        row(conversations=[{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+            audio="a.wav"),
+        "wrong_type", "has audio",
+    ),
+    "infinite number in a call": (
+        message(role="assistant", tool_calls=[{"name": "f", "arguments": {"x": 1e999}}]),
+        "wrong_type", "a tool call has NaN or an infinite number",
+    ),
+    "call as deep as no person writes": (
+        message(role="assistant", tool_calls='[{"name": "f", "arguments": {"x": '
+                + "[" * 300 + "]" * 300 + "}}]"),
+        "wrong_type", "more than 100 levels",
+    ),
+    "tools of a wrong type": (
+        json.dumps(GOOD | {"tools": 0}).encode() + b"\n", "wrong_type", "tools must be a list",
+    ),
+    "alpaca input of a number": (
+        row(instruction="i", input=0, output="o"), "wrong_type", "input is int",
+    ),
+    "alpaca input of a list": (
+        row(instruction="i", input=[], output="o"), "wrong_type", "input is an empty list",
+    ),
+    "alpaca history of a number": (
+        row(instruction="i", history=0, output="o"), "wrong_type", "history is int",
     ),
     "weight": (message(role="assistant", content="x", weight=0), "unknown_key", "keys weight"),
     "half a character": (
@@ -565,7 +634,8 @@ def test_dates_and_numbers_of_a_table_are_no_traceback(outcome: Prepare, tmp_pat
 def test_dates_in_a_call_that_the_template_renders_are_no_traceback(
     chats_of_tiny: chat.ChatFormat, tmp_path: Path
 ) -> None:
-    template = chats_of_tiny.template + "{{ messages[-1].tool_calls }}"
+    content = "{{ message['content'] }}"
+    template = chats_of_tiny.template.replace(content, content + "{{ message.tool_calls }}")
     path = tmp_path / "rows.parquet"
     calls = [{"name": "f", "arguments": {"at": datetime(2026, 1, 2)}}]
     asked = {"messages": [GOOD["messages"][0], {"role": "assistant", "tool_calls": calls}]}
