@@ -563,6 +563,80 @@ def test_a_row_of_ten_megabytes_is_dropped_as_too_long_and_counted(
         assert (result.kept, result.counts["too_long"]) == (1, 1)
 
 
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_a_table_s_blocks_are_bounded_and_its_long_rows_dropped_as_those_of_lines_are(
+    outcome: Prepare, tmp_path: Path, dictionary: bool
+) -> None:
+    texts = ["x" * 6_500_000 if n == 333 else f"{n} " + "y" * 30_000 for n in range(500)]
+    column = pa.array(texts)
+    table = pa.table({"text": column.dictionary_encode() if dictionary else column})
+    path = tmp_path / "rows.parquet"
+    pq.write_table(table, path)
+    blocks = list(read_blocks(Source(path=str(path)), {}))
+    assert max(len(block.payload) for block in blocks) < sources.BLOCK_BYTES
+    (long,) = [block for block in blocks if block.too_long]
+    assert long.where(long.too_long[0]) == f"{path} row 334"
+    assert sum(pa.ipc.open_stream(b.payload).read_all().num_rows for b in blocks) == 499
+    rows = [{"text": "ok"}, {"text": "x" * 6_500_000}]
+    path.write_bytes(table_of(rows))
+    lines = tmp_path / "rows.jsonl"
+    lines.write_bytes(row(**rows[0]) + row(**rows[1]))
+    for name in (path, lines):
+        result = outcome(str(name), max_seq_len=1_000_000)
+        assert (result.kept, result.counts["too_long"]) == (1, 1)
+
+
+def test_a_local_table_is_read_where_it_is(
+    outcome: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(table_of(PAIRS))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    result = outcome(str(path))
+    assert result.kept == 7
+    assert result.digests == {str(path): f"sha256:{digest_of_file(path)}"}
+
+
+def unreadable(kind: str, count: int) -> pa.Array:
+    """Values that Parquet can hold and Python can't, but the first."""
+    if kind == "utf-8":
+        values = pa.array([b"fine", *[b"\xff\xfe"] * (count - 1)], pa.binary())
+        return pa.Array.from_buffers(pa.string(), count, values.buffers())
+    zone = "No/Where" if kind == "time zone" else None
+    return pa.array([None, *[2**62] * (count - 1)], pa.int64()).cast(pa.timestamp("us", zone))
+
+
+@pytest.mark.parametrize("kind", ["utf-8", "year", "time zone"])
+def test_values_of_a_table_that_cannot_be_read_are_counted(
+    outcome: Prepare, tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "rows.parquet"
+    column = unreadable(kind, 3)
+    table = pa.table({"prompt": ["a", "b", "c"], "completion": ["x", "y", "z"]})
+    pq.write_table(table.append_column("at", column), path)
+    beside = outcome(str(path))
+    assert (beside.kept, beside.counts["values_left_out"]) == (3, 2)
+    pq.write_table(table.append_column("system", column), path)
+    used = outcome(str(path))
+    reason = "broken_text" if kind == "utf-8" else "wrong_type"
+    assert (used.kept, dict(used.bad)) == (1, {reason: 2})
+    assert "column 'system' has a value that can't be read" in used.sentences[0]
+
+
+def test_a_table_with_a_repeated_column_is_refused(outcome: Prepare, tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], ["text", "text"]), path)
+    with pytest.raises(DataError, match="repeated names"):
+        outcome(str(path))
+
+
+def test_a_repeated_key_in_an_array_is_counted(outcome: Prepare, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes(b'[{"text": "a",\n "text": "b"},\n {"text":\n "c\\n"}]')
+    result = outcome(str(path))
+    assert (result.kept, dict(result.bad)) == (1, {"malformed_json": 1})
+
+
 def test_a_file_without_a_line_break_is_not_read_into_memory(
     outcome: Prepare, tmp_path: Path
 ) -> None:

@@ -299,6 +299,8 @@ _COLUMNS: Final = {
     "prompt_completion": {"prompt", "completion", "system", "tools"},
     "text": {"text"},
 }
+FORMAT_COLUMNS: Final = frozenset().union(*_COLUMNS.values(), _MEDIA, ("id",))
+"""All that a row may be made from."""
 
 
 def _exchange(question: Any, answer: Any, asked: str, answered: str) -> list[Message]:
