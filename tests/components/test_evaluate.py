@@ -324,6 +324,30 @@ def test_batching_does_not_change_answers(line: Line) -> None:
     assert len(set(together)) > 1
 
 
+def test_prompts_without_room_are_cut_and_counted(
+    tiny_model: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    small = tmp_path / "small"
+    shutil.copytree(tiny_model, small)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 12}))
+    data = {"train": [str(chats_file)], "test_fraction": 0.25, "max_seq_len": 64}
+    steps.prepare_data(str(small), data, str(tmp_path / "data"))
+    settings = {"epochs": 0.1, "batch_tokens": 512}
+    steps.finetune(
+        str(small), str(tmp_path / "data"), {"name": "bitfit", "missing_biases": "add"}, settings,
+        str(tmp_path / "adapter"),
+    )  # fmt: skip
+    report = evaluate(
+        Line(str(small), tmp_path / "data", tmp_path / "adapter"),
+        tmp_path / "report",
+        evaluation={"metrics": ["exact_match"], "general_text": False, "max_rows": 20},
+    )
+    for model in ("base", "tuned"):
+        assert report["answers"][model]["prompts_cut"] == report["answers"][model]["count"] == 20
+    assert "20 prompts lost their start" in (tmp_path / "report" / "report.html").read_text()
+
+
 @pytest.fixture
 def registry(
     line: Line,

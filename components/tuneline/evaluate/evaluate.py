@@ -13,11 +13,13 @@ from typing import Any, Final
 from tuneline import artifacts, base_model
 from tuneline.artifacts import Artifact
 from tuneline.base_model import BaseModel
+from tuneline.data_prep import chat
 from tuneline.data_prep.prepare import CONTRACT
 from tuneline.errors import ArtifactError, DataError
 from tuneline.evaluate.bootstrap import CONFIDENCE, RESAMPLES
 from tuneline.evaluate.champion import Champion, current_champion, why_not_comparable
 from tuneline.evaluate.compare import BASE, CHAMPION, TUNED, compare, compare_texts
+from tuneline.evaluate.final_answer import FinalAnswer, final_answer
 from tuneline.evaluate.forgetting import TextSet, read_text_sets
 from tuneline.evaluate.gate import decide
 from tuneline.evaluate.generate import Generated
@@ -85,7 +87,7 @@ def evaluate(
     base = base_model.resolve(model_reference)
     check_lineage(adapter, base, dataset)
     metrics = [metric_named(name) for name in evaluation.metrics]
-    rows = read_test_rows(dataset, evaluation.max_rows)
+    rows, final = read_rows(base, dataset, evaluation.max_rows)
     # what can be wrong with the settings shows before a model is loaded
     _check_applies(metrics, rows, gate.metric)
     slices = slices_of(rows, evaluation.slices)
@@ -94,7 +96,7 @@ def evaluate(
         champion = None
         if champion_of and gate.champion != "ignore":
             champion = stack.enter_context(current_champion(champion_of))
-        found = _Evaluation(base, adapter, champion, rows, metrics, tasks, evaluation)
+        found = _Evaluation(base, adapter, champion, rows, final, metrics, tasks, evaluation)
         if base_scores_dir is not None:
             found.measured[BASE] = _read_base_scores(base_scores_dir, base, dataset, evaluation)
         found.run()
@@ -147,10 +149,10 @@ def measure_base(
     base = base_model.resolve(model_reference)
     _check_prepared_for(dataset, base)
     metrics = [metric_named(name) for name in evaluation.metrics]
-    rows = read_test_rows(dataset, evaluation.max_rows)
+    rows, final = read_rows(base, dataset, evaluation.max_rows)
     tasks = load_tasks(evaluation)
     with artifacts.writing(output) as aside:
-        found = _Evaluation(base, None, None, rows, metrics, tasks, evaluation)
+        found = _Evaluation(base, None, None, rows, final, metrics, tasks, evaluation)
         found.run()
         text = json.dumps(asdict(found.measured[BASE]), ensure_ascii=False, allow_nan=False)
         (aside / _MEASURED).write_text(text + "\n", encoding="utf-8")
@@ -218,6 +220,20 @@ def check_lineage(adapter: Artifact, base: BaseModel, dataset: Artifact | None) 
         )
 
 
+def read_rows(
+    base: BaseModel, dataset: Artifact, max_rows: int
+) -> tuple[list[EvalRow], FinalAnswer]:
+    """The test rows, and how their references and generated answers are read alike."""
+    rows = read_test_rows(dataset, max_rows)
+    tokenizer = chat.load_tokenizer(str(base.path), trust_code=base.trusts_code)
+    renderer = None
+    if any(row.prompt is not None for row in rows):
+        fallback = dataset.manifest.config.get("fallback_template", "")
+        renderer = chat.Renderer(chat.chat_format(tokenizer, base.path, fallback))
+    final = final_answer(tokenizer, renderer)
+    return final.of_rows(rows), final
+
+
 def _check_applies(metrics: Sequence[Metric], rows: Sequence[EvalRow], deciding: str) -> None:
     """Score the references against themselves: a metric that fails does so before any answer."""
     own = [None if row.prompt is None else row.reference for row in rows]
@@ -237,6 +253,7 @@ class _Evaluation:
         adapter: Artifact | None,
         champion: Champion | None,
         rows: Sequence[EvalRow],
+        final: FinalAnswer,
         metrics: Sequence[Metric],
         tasks: Sequence[LoadedTask],
         evaluation: EvaluationSection,
@@ -247,6 +264,7 @@ class _Evaluation:
         self.champion_note = ""
         self._base, self._adapter, self._champion = base, adapter, champion
         self._metrics, self._tasks, self._settings = metrics, tasks, evaluation
+        self._final = final
         self._text_sets: list[TextSet] = []
 
     def run(self) -> None:
@@ -256,12 +274,11 @@ class _Evaluation:
         """
         from transformers import AutoTokenizer
 
-        from tuneline.data_prep.chat import load_tokenizer
         from tuneline.finetune.load import load_base, load_tuned, stands_on_base
 
         base, settings = self._base, self._settings
         check_engine(settings.engine)
-        tokenizer = load_tokenizer(str(base.path), trust_code=base.trusts_code)
+        tokenizer = self._final.tokenizer
         limit = settings.max_new_tokens or longest_answer(tokenizer, self.rows)
         # a second one: the rows' tokenizer no longer adds what plain text starts with
         plain = AutoTokenizer.from_pretrained(base.path, trust_remote_code=base.trusts_code)
@@ -272,19 +289,19 @@ class _Evaluation:
             max_rows=settings.max_rows,
         )
 
-        generated = self._generated(tokenizer, limit)
+        generated = self._generated(limit)
 
         def take(name: str, model: Any) -> None:
             self.measured[name] = measure(
                 name,
                 model,
-                tokenizer,
                 self.rows,
                 self.tokens,
                 self._text_sets,
                 self._metrics,
                 settings,
                 limit,
+                self._final,
                 self._tasks,
                 plain,
                 generated.get(name),
@@ -303,12 +320,12 @@ class _Evaluation:
         del loaded
         if (champion := self._champion) is None:
             return
-        own = load_tokenizer(str(champion.artifact.path), trust_code=base.trusts_code)
+        own = chat.load_tokenizer(str(champion.artifact.path), trust_code=base.trusts_code)
         self.champion_note = why_not_comparable(own, tokenizer)
         if not self.champion_note:
             take(CHAMPION, champion.load(trust_code=base.trusts_code))
 
-    def _generated(self, tokenizer: Any, limit: int) -> dict[str, list[Generated]]:
+    def _generated(self, limit: int) -> dict[str, list[Generated]]:
         """Answers of all models by vLLM, before any is loaded for the rest; of none where it can't
         serve one: their differences would be those of two engines."""
         if self._settings.engine != "vllm" or not any(m.kind == "answer" for m in self._metrics):
@@ -317,7 +334,7 @@ class _Evaluation:
             self._base,
             self._adapter,
             self._champion.artifact if self._champion else None,
-            tokenizer,
+            self._final,
             [row.prompt for row in self.rows if row.prompt is not None],
             max_new_tokens=limit,
             measured_before=BASE in self.measured,
@@ -463,6 +480,7 @@ def _of_answers(measured: Measured) -> dict[str, Any]:
         "count": len(answers),
         "cut": sum(not answer.ended for answer in answers),
         "empty": sum(not answer.text.strip() for answer in answers),
+        "prompts_cut": sum(answer.prompt_cut for answer in answers),
     }
 
 
@@ -502,6 +520,11 @@ def _tell(result: Mapping[str, Any]) -> None:
     cut = result["answers"].get(TUNED, {}).get("cut", 0)
     if cut:
         report(f"warning: {cut} answers of the tuned model did not end and were cut")
+    if cut := result["answers"].get(TUNED, {}).get("prompts_cut", 0):
+        report(
+            f"warning: {cut} prompts left no room for an answer in the model's context and lost "
+            "their start: lower data.max_seq_len or evaluation.max_new_tokens"
+        )
     verdict = result["verdict"]
     report(
         f"gate: {'passed' if verdict['passed'] else 'refused: ' + '; '.join(verdict['reasons'])}"

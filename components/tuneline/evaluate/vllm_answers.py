@@ -21,7 +21,8 @@ from tuneline.artifacts import Artifact
 from tuneline.base_model import BaseModel
 from tuneline.errors import ModelError, RecipeError
 from tuneline.evaluate.compare import BASE, CHAMPION, TUNED
-from tuneline.evaluate.generate import Generated, check_room, end_tokens
+from tuneline.evaluate.final_answer import FinalAnswer
+from tuneline.evaluate.generate import Generated, end_tokens, fitted, until_end
 from tuneline.progress import report
 
 _ADAPTER_CONFIG: Final = "adapter_config.json"  # peft's
@@ -109,7 +110,7 @@ def served_by_vllm(
     base: BaseModel,
     adapter: Artifact | None,
     champion: Artifact | None,
-    tokenizer: Any,
+    final: FinalAnswer,
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
@@ -121,13 +122,12 @@ def served_by_vllm(
         base: the base.
         adapter: of kind `adapter`.
         champion: merged, or None.
-        tokenizer: of the base.
+        final: what of the tokens is the answer.
         prompts: rendered by the chat template, special tokens included.
         max_new_tokens: longest answer.
         measured_before: whether the base's answers are there already.
 
     Raises:
-        DataError: a prompt leaves no room for an answer in the model's context.
         ModelError: vLLM failed.
     """
     why = hindrance(base, adapter, champion, measured_before=measured_before)
@@ -142,23 +142,24 @@ def served_by_vllm(
         wanted = [([BASE], Served(str(base.path))), ([TUNED], Served(str(adapter.path)))]
     if champion is not None:
         wanted.append(([CHAMPION], Served(str(champion.path))))
-    asked = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    asked = final.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     answers: dict[str, list[Generated]] = {}
     for names, served in wanted:
         report(f"answers of {' and '.join(names)} by vLLM")
-        answers |= zip(names, _in_a_process(served, asked, tokenizer, max_new_tokens), strict=True)
+        answers |= zip(names, _in_a_process(served, asked, final, max_new_tokens), strict=True)
     return answers
 
 
 def _in_a_process(
-    served: Served, asked: list[list[int]], tokenizer: Any, max_new_tokens: int
+    served: Served, whole: list[list[int]], final: FinalAnswer, max_new_tokens: int
 ) -> list[list[Generated]]:
     from transformers import AutoConfig, GenerationConfig
 
     config = AutoConfig.from_pretrained(served.path)
     context = getattr(config, "max_position_embeddings", None)
+    bos = final.tokenizer.bos_token_id
+    asked = [fitted(ids, context, max_new_tokens, bos) for ids in whole]
     lengths = [len(ids) for ids in asked]
-    check_room(lengths, context)
     try:
         generation = GenerationConfig.from_pretrained(served.path)
     except OSError:  # without a file of its own
@@ -172,7 +173,7 @@ def _in_a_process(
     sampling = {
         "temperature": 0.0,
         "repetition_penalty": generation.repetition_penalty or 1.0,
-        "stop_token_ids": end_tokens(generation, tokenizer),
+        "stop_token_ids": (ends := end_tokens(generation, final.tokenizer)),
     }
     rooms = [
         max_new_tokens if context is None else min(max_new_tokens, context - n) for n in lengths
@@ -193,8 +194,8 @@ def _in_a_process(
         ) from error
     return [
         [
-            Generated(tokenizer.decode(ids, skip_special_tokens=True), ended)
-            for ids, ended in of_model
+            Generated(final.of_ids(until_end(ids, ends)), ended, len(cut) < len(of_row))
+            for (ids, ended), cut, of_row in zip(of_model, asked, whole, strict=True)
         ]
         for of_model in found
     ]
