@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
 from tuneline import artifacts, base_model
-from tuneline.artifacts import Artifact
+from tuneline.artifacts import Artifact, digest_of
 from tuneline.base_model import BaseModel
 from tuneline.data_prep import chat
 from tuneline.data_prep.prepare import CONTRACT
-from tuneline.errors import ArtifactError, DataError
+from tuneline.errors import ArtifactError, DataError, ModelError
 from tuneline.evaluate.bootstrap import CONFIDENCE, RESAMPLES
 from tuneline.evaluate.champion import Champion, current_champion, why_not_comparable
 from tuneline.evaluate.compare import BASE, CHAMPION, TUNED, compare, compare_texts
 from tuneline.evaluate.final_answer import FinalAnswer, final_answer
-from tuneline.evaluate.forgetting import TextSet, read_text_sets
+from tuneline.evaluate.forgetting import GENERAL, TextSet, read_text_sets
 from tuneline.evaluate.gate import decide
 from tuneline.evaluate.generate import Generated
 from tuneline.evaluate.likelihood import predicted_tokens
@@ -36,10 +36,10 @@ from tuneline.evaluate.tasks import (
     load_tasks,
     tell,
 )
-from tuneline.evaluate.vllm_answers import check_engine, served_by_vllm
+from tuneline.evaluate.vllm_answers import chosen_engine, served_by_vllm
 from tuneline.progress import report
 from tuneline.recipe import EvaluationSection, GateSection
-from tuneline.tracking import Step
+from tuneline.tracking import Step, mlflow_key
 
 SCORES: Final = "scores.jsonl"
 TASK_SCORES: Final = "task_scores.jsonl"
@@ -47,7 +47,6 @@ REPORT: Final = "report.json"
 HTML: Final = "report.html"
 _MEASURED: Final = "measured.json"
 _SAMPLES: Final = 3
-_NOT_IN_A_KEY: Final = re.compile(r"[^\w./ -]")  # of MLflow's
 
 
 def evaluate(
@@ -262,6 +261,8 @@ class _Evaluation:
         self.tokens = [predicted_tokens(row.supervised) for row in rows]
         self.measured: dict[str, Measured] = {}
         self.champion_note = ""
+        self.engine = ""
+        """What generated the answers of all models; empty where none were needed."""
         self._base, self._adapter, self._champion = base, adapter, champion
         self._metrics, self._tasks, self._settings = metrics, tasks, evaluation
         self._final = final
@@ -277,7 +278,7 @@ class _Evaluation:
         from tuneline.finetune.load import load_base, load_tuned, stands_on_base
 
         base, settings = self._base, self._settings
-        check_engine(settings.engine)
+        engine = chosen_engine(settings.engine)
         tokenizer = self._final.tokenizer
         limit = settings.max_new_tokens or longest_answer(tokenizer, self.rows)
         # a second one: the rows' tokenizer no longer adds what plain text starts with
@@ -289,7 +290,7 @@ class _Evaluation:
             max_rows=settings.max_rows,
         )
 
-        generated = self._generated(limit)
+        generated = self._generated(engine, limit)
 
         def take(name: str, model: Any) -> None:
             self.measured[name] = measure(
@@ -325,32 +326,43 @@ class _Evaluation:
         if not self.champion_note:
             take(CHAMPION, champion.load(trust_code=base.trusts_code))
 
-    def _generated(self, limit: int) -> dict[str, list[Generated]]:
+    def _generated(self, engine: str, limit: int) -> dict[str, list[Generated]]:
         """Answers of all models by vLLM, before any is loaded for the rest; of none where it can't
         serve one: their differences would be those of two engines."""
-        if self._settings.engine != "vllm" or not any(m.kind == "answer" for m in self._metrics):
+        if not any(metric.kind == "answer" for metric in self._metrics):
             return {}
-        return served_by_vllm(
-            self._base,
-            self._adapter,
-            self._champion.artifact if self._champion else None,
-            self._final,
-            [row.prompt for row in self.rows if row.prompt is not None],
-            max_new_tokens=limit,
-            measured_before=BASE in self.measured,
-        )
+        found: dict[str, list[Generated]] = {}
+        if engine == "vllm":
+            try:
+                found = served_by_vllm(
+                    self._base,
+                    self._adapter,
+                    self._champion.artifact if self._champion else None,
+                    self._final,
+                    [row.prompt for row in self.rows if row.prompt is not None],
+                    max_new_tokens=limit,
+                    measured_before=BASE in self.measured,
+                )
+            except ModelError as error:
+                if self._settings.engine == "vllm":
+                    raise
+                report(f"warning: answers by transformers: {error}")
+        name = "vllm" if found else "transformers"
+        self.engine = f"{name} {version(name)}"
+        return found
 
     def of_tasks(self) -> dict[str, dict[str, TaskResult]]:
         """Model -> task -> result."""
         return {name: measured.tasks for name, measured in self.measured.items()}
 
     def result(
-        self, slices: Mapping[str, Mapping[str, Sequence[int]]], gate: GateSection
+        self, slices: Mapping[str, Mapping[str | None, Sequence[int]]], gate: GateSection
     ) -> dict[str, Any]:
         """The content of report.json."""
         scores = {name: measured.scores for name, measured in self.measured.items()}
         everything = range(len(self.rows))
-        blocks = compare(scores, self.tokens, self._metrics, everything)
+        numbers = [row.number for row in self.rows]
+        blocks = compare(scores, self.tokens, self._metrics, everything, numbers)
         if not blocks[gate.metric]["rows"]:
             raise DataError(
                 f"gate.metric {gate.metric} has no test row that every model has a score for: "
@@ -366,7 +378,7 @@ class _Evaluation:
                     {
                         "value": value,
                         "rows": len(positions),
-                        "metrics": compare(scores, self.tokens, self._metrics, positions),
+                        "metrics": compare(scores, self.tokens, self._metrics, positions, numbers),
                     }
                     for value, positions in values.items()
                 ]
@@ -382,6 +394,7 @@ class _Evaluation:
                 }
                 for text_set in self._text_sets
             },
+            "engine": self.engine,
             "answers": {
                 name: _of_answers(measured)
                 for name, measured in self.measured.items()
@@ -392,7 +405,7 @@ class _Evaluation:
         }
         result["verdict"] = decide(result, gate)
         result["eval_set_digest"] = digest_of_rows(self.rows)
-        result["samples"] = self._samples(gate.metric)
+        result["samples_by"], result["samples"] = self._samples(gate.metric)
         return result
 
     def _of_champion(self, block: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -407,20 +420,31 @@ class _Evaluation:
             **block.get(CHAMPION, {"score": None, "interval": [None, None]}),
         }
 
-    def _samples(self, metric: str) -> list[dict[str, Any]]:
-        """Before and after, a failure among them where there is one: nobody learns from picked
-        wins."""
+    def _samples(self, deciding: str) -> tuple[str, list[dict[str, Any]]]:
+        """Before and after, and the title of the metric that they were taken by: the first rows
+        that the tuned model does best, and one that it does less well, since nobody learns from
+        picked wins."""
         if self.measured[TUNED].answers is None:
-            return []
+            return "", []
+        # what the deciding one says of an answer's probability, nobody sees in its text
+        metric = next(
+            metric
+            for metric in sorted(self._metrics, key=lambda metric: metric.name != deciding)
+            if metric.kind == "answer"
+        )
+        sign = 1 if metric.higher_is_better else -1
         rows = [self.row(n) for n, r in enumerate(self.rows) if r.prompt is not None]
-        key = metric if metric in rows[0]["scores"][TUNED] else "exact_match"
-        scored = [row for row in rows if row["scores"][TUNED].get(key) is not None]
-        highest = max((row["scores"][TUNED][key] for row in scored), default=0.0)
-        right = [row for row in scored if row["scores"][TUNED][key] == highest]
-        wrong = [row for row in scored if row["scores"][TUNED][key] < highest]
-        chosen = (right[: _SAMPLES - 1] + wrong[:1]) if wrong else right[:_SAMPLES]
+        scored = [
+            (sign * score, row)
+            for row in rows
+            if (score := row["scores"][TUNED][metric.name]) is not None
+        ]
+        highest = max((score for score, _ in scored), default=0.0)
+        best = [row for score, row in scored if score == highest]
+        less = [row for score, row in scored if score < highest]
+        chosen = (best[: _SAMPLES - 1] + less[:1]) if less else best[:_SAMPLES]
         chosen += [row for row in rows if row not in chosen][: _SAMPLES - len(chosen)]
-        return [_sample(row) for row in chosen]
+        return metric.title, [_sample(row) for row in chosen]
 
     def row(self, position: int) -> dict[str, Any]:
         """All that is known of a row, as it is kept in scores.jsonl."""
@@ -487,20 +511,29 @@ def _of_answers(measured: Measured) -> dict[str, Any]:
 def _figures(result: Mapping[str, Any]) -> dict[str, float]:
     """What MLflow shows of the step."""
     figures = {"test_rows": result["rows"], "gate_passed": float(result["verdict"]["passed"])}
-    for name, block in result["metrics"].items():
-        for model in (BASE, TUNED, CHAMPION):
-            if model in block and block[model]["score"] is not None:
-                figures[f"{model}_{name}"] = block[model]["score"]
     figures["difference"] = result["difference"]
     figures["difference_low"] = result["difference_interval"][0]
+
+    def put(value: float | None, *parts: str) -> None:
+        key = mlflow_key("_".join(parts))
+        if key in figures:  # a task `a` with a metric `b_c` beside a task `a_b` with a metric `c`
+            key = mlflow_key(f"{key}-{digest_of(parts)[7:15]}")
+        if value is not None:
+            figures[key] = value
+
+    models = (BASE, TUNED, CHAMPION)
+    for name, block in result["metrics"].items():
+        for model in models:
+            if model in block:
+                put(block[model]["score"], model, name)
     for name, found in result["forgetting"].items():
-        figures[f"forgetting_{name.replace(' ', '_')}"] = found[TUNED]["change"]
+        known = name.replace(" ", "_") if name == GENERAL else name
+        put(found[TUNED]["change"], "forgetting", known)
     for label, found in result["tasks"].items():
         for metric, block in found["metrics"].items():
-            for model in (BASE, TUNED, CHAMPION):
-                if model in block and block[model]["score"] is not None:
-                    name = _NOT_IN_A_KEY.sub("_", f"{model}_task_{label}_{metric}")
-                    figures[name] = block[model]["score"]
+            for model in models:
+                if model in block:
+                    put(block[model]["score"], model, "task", label, metric)
     return figures
 
 

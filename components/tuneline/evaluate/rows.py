@@ -103,19 +103,23 @@ def digest_of_rows(rows: Sequence[EvalRow]) -> str:
     )
 
 
-def slices_of(rows: Sequence[EvalRow], columns: Sequence[str]) -> dict[str, dict[str, list[int]]]:
+def slices_of(
+    rows: Sequence[EvalRow], columns: Sequence[str]
+) -> dict[str, dict[str | None, list[int]]]:
     """For each column its values, each with the positions of its rows in `rows`.
+
+    Rows without the column are the last slice, with None for a value.
 
     Raises:
         DataError: no row has the column, or it has too many values to be a slice.
     """
-    found: dict[str, dict[str, list[int]]] = {}
+    found: dict[str, dict[str | None, list[int]]] = {}
     for column in columns:
         groups: dict[str, list[int]] = {}
+        outside: list[int] = []
         for position, row in enumerate(rows):
             value = row.column(column)
-            if value is not None:
-                groups.setdefault(value, []).append(position)
+            (outside if value is None else groups.setdefault(value, [])).append(position)
         if not groups:
             known = sorted({name for row in rows for name in row.fields.get("columns") or {}})
             raise DataError(
@@ -127,5 +131,5 @@ def slices_of(rows: Sequence[EvalRow], columns: Sequence[str]) -> dict[str, dict
                 f"evaluation.slices: column '{column}' has {len(groups)} values in {len(rows)} "
                 f"test rows; at most {_MOST_SLICES} can be told apart: name a column with fewer"
             )
-        found[column] = dict(sorted(groups.items()))
+        found[column] = {**dict(sorted(groups.items())), **({None: outside} if outside else {})}
     return found

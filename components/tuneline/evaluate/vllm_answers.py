@@ -1,8 +1,8 @@
-"""Answers by vLLM in place of transformers, where the recipe asks for it and it can be had.
+"""Answers by vLLM in place of transformers, where it can be had.
 
 It serves plain causal models and plain LoRA adapters, and its differences from transformers are of
-the size that other kernels make: enough to turn a token. So it is never chosen by itself, and in
-one evaluation it answers for all models or for none. It works in a process of its own, whose end
+the size that other kernels make: enough to turn a token. So in one evaluation it answers for all
+models or for none, and the report says which. It works in a process of its own, whose end
 gives the accelerator's memory back.
 """
 
@@ -28,6 +28,8 @@ from tuneline.progress import report
 _ADAPTER_CONFIG: Final = "adapter_config.json"  # peft's
 _LORA_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM reserves memory for; an adapter's rank is rounded up to one of them."""
+_LEAST_CAPABILITY: Final = (7, 0)
+"""Of a CUDA device, by vLLM's installation guide."""
 
 
 def faults_of_engine(engine: str) -> list[str]:
@@ -40,21 +42,35 @@ def faults_of_engine(engine: str) -> list[str]:
     ]
 
 
-def check_engine(engine: str) -> None:
-    """Refuse vLLM where it can't run.
+def chosen_engine(engine: str) -> str:
+    """The engine that `evaluation.engine` comes to on this machine.
 
     Raises:
-        RecipeError: it is asked for, and it or an accelerator is missing.
+        RecipeError: vLLM is asked for, and it or an accelerator that it runs on is missing.
     """
     import torch
 
-    faults = faults_of_engine(engine)
-    if engine == "vllm" and not torch.cuda.is_available():
+    if engine == "transformers":
+        return engine
+    faults = faults_of_engine("vllm")
+    if not torch.cuda.is_available():
         faults.append(
             "evaluation.engine: vllm needs an accelerator, and none is here: use transformers"
         )
-    if faults:
+    elif (capability := torch.cuda.get_device_capability()) < _LEAST_CAPABILITY:
+        faults.append(
+            f"evaluation.engine: vllm needs compute capability {_dotted(_LEAST_CAPABILITY)}, and "
+            f"this accelerator has {_dotted(capability)}: use transformers"
+        )
+    if not faults:
+        return "vllm"
+    if engine == "vllm":
         raise RecipeError("evaluation", faults)
+    return "transformers"
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def hindrance(
@@ -188,7 +204,7 @@ def _in_a_process(
             "vLLM's process ended without an answer, mostly for lack of memory: use "
             "evaluation.engine: transformers"
         ) from error
-    except (RuntimeError, ValueError, ImportError, OSError) as error:
+    except Exception as error:  # whatever its process raises, of any of its versions
         raise ModelError(
             f"vLLM failed ({type(error).__name__}: {error}): use evaluation.engine: transformers"
         ) from error
