@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tuneline import artifacts, steps
+from tuneline import artifacts, form, steps
 from tuneline.artifacts import Artifact
 from tuneline.errors import ArtifactError, DataError, ModelError, RecipeError, RegistryError
 from tuneline.evaluate.evaluate import _figures
@@ -310,6 +310,58 @@ def test_a_column_that_is_no_slice_is_refused(
 def test_a_deciding_metric_that_applies_to_no_row_is_refused(line: Line, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="metric json_fields applies to none of the"):
         evaluate(line, tmp_path / "report", gate={"metric": "json_fields"})
+
+
+def prepare_for(line: Line, chats_file: Path, output: Path, **sections: Any) -> None:
+    data = {"train": [str(chats_file)], "test_fraction": 0.25}
+    steps.prepare_data(line.base, data, str(output), **sections)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"evaluation": {"slices": ["kind"]}}, "no test row has a column 'kind'"),
+        ({"evaluation": {}, "gate": {"metric": "json_fields"}}, "json_fields applies to none of"),
+    ],
+)
+def test_an_evaluation_that_the_rows_cannot_give_ends_before_the_training(
+    line: Line, chats_file: Path, tmp_path: Path, sections: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        prepare_for(line, chats_file, tmp_path / "data", **sections)
+
+
+def test_a_gate_that_will_refuse_for_want_of_rows_says_so_before_the_training(
+    line: Line, chats_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare_for(line, chats_file, tmp_path / "data", evaluation={}, gate={"min_rows": 1000})
+    assert "test rows are fewer than gate.min_rows 1000" in capsys.readouterr().out
+
+
+def filled_form(**values: str) -> dict[str, Any]:
+    names = {"train_data": "rows.jsonl", "test_data": "", "model_name": "m", "experiment": "e"}
+    return form.DEFAULTS | names | values
+
+
+def test_a_text_set_that_is_not_there_is_a_fault_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    sets = {"a": str(tmp_path / "none.txt"), "b": str(tmp_path / "empty.txt")}
+    overrides = {"evaluation": {"forgetting_sets": sets}}
+    with pytest.raises(RecipeError) as error:
+        steps.check_recipe(filled_form(base_model="demo"), "lora", {}, overrides, "", "e")
+    assert [fault.partition(": ")[2] for fault in error.value.faults] == [
+        f"{tmp_path}/none.txt can't be read (No such file or directory): name a local file",
+        f"{tmp_path}/empty.txt holds no text",
+    ]
+
+
+@pytest.mark.parametrize(("limit", "told"), [(1024, False), (1025, True)])
+def test_prompts_that_may_leave_no_room_are_told_of_before_the_training(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], limit: int, told: bool
+) -> None:
+    overrides = {"evaluation": {"max_new_tokens": limit}, "data": {"max_seq_len": 1024}}
+    steps.check_recipe(filled_form(base_model=str(tiny_model)), "lora", {}, overrides, "", "e")
+    assert ("more than the model's context of 2048 tokens" in capsys.readouterr().out) == told
 
 
 def test_a_broken_model_is_no_refusal_but_an_error(line: Line, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from tuneline.evaluate.gate import decide
 from tuneline.evaluate.generate import Generated
 from tuneline.evaluate.likelihood import predicted_tokens
 from tuneline.evaluate.measure import Measured, longest_answer, measure, score_answers
-from tuneline.evaluate.metrics import Metric, metric_named
+from tuneline.evaluate.metrics import METRICS, Metric, metric_named
 from tuneline.evaluate.report import render_report
 from tuneline.evaluate.rows import EvalRow, digest_of_rows, read_test_rows, slices_of
 from tuneline.evaluate.tasks import (
@@ -149,6 +149,7 @@ def measure_base(
     _check_prepared_for(dataset, base)
     metrics = [metric_named(name) for name in evaluation.metrics]
     rows, final = read_rows(base, dataset, evaluation.max_rows)
+    slices_of(rows, evaluation.slices)  # the legs' evaluations would fail, after their trainings
     tasks = load_tasks(evaluation)
     with artifacts.writing(output) as aside:
         found = _Evaluation(base, None, None, rows, final, metrics, tasks, evaluation)
@@ -163,6 +164,34 @@ def measure_base(
             inputs={"prepared_dataset": dataset.digest},
         )
     return artifacts.load(output, "base_scores")
+
+
+def check_fits(
+    base: BaseModel, dataset: Artifact, evaluation: EvaluationSection, gate: GateSection | None
+) -> None:
+    """Refuse, before anything is trained, an evaluation that the prepared test rows can't give.
+
+    Args:
+        base: the base model.
+        dataset: a PreparedDataset.
+        evaluation: what is to be measured on it.
+        gate: what has to hold; None: not known yet.
+
+    Raises:
+        DataError: there is no test row, no row has a column of evaluation.slices, or gate.metric
+            applies to none.
+    """
+    rows, _ = read_rows(base, dataset, evaluation.max_rows)
+    slices_of(rows, evaluation.slices)
+    if gate is None:
+        return
+    if gate.metric in METRICS:  # a package's own may not be in every step's image
+        _check_applies([metric_named(gate.metric)], rows, gate.metric)
+    if len(rows) < gate.min_rows:
+        report(
+            f"warning: {len(rows)} test rows are fewer than gate.min_rows {gate.min_rows}, so the "
+            "gate will refuse: give more rows, or raise data.test_fraction or evaluation.max_rows"
+        )
 
 
 def _check_prepared_for(dataset: Artifact, base: BaseModel) -> None:
