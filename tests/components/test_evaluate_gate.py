@@ -208,7 +208,7 @@ def test_rows_without_the_column_are_judged_by_a_floor_of_the_whole_column() -> 
     result = sliced({"en": (190, 200), "None": (20, 20), None: (5, 50)})
     found = verdict(result, slice_floors={"language": 0.5})
     assert found["reasons"] == [
-        "the rest without a language (50 rows) scores 0.100, below the floor 0.5"
+        "slice without language (50 rows) scores 0.100, below the floor 0.5"
     ]
     assert found["rows_without_floor"] == {}
     found = verdict(result, slice_floors={"language=en": 0.5, "language=None": 0.9})

@@ -156,7 +156,7 @@ def _floor(
     score = block[TUNED]["score"]
     place = f"slice {column}={part['value']} ({block['rows']} rows)"
     if part["value"] is None:
-        place = f"the rest without a {column} ({block['rows']} rows)"
+        place = f"slice without {column} ({block['rows']} rows)"
     if score is None:
         sentence = f"{place} has no score in {gate.metric}"
         return _check(name, False, None, floor, sentence, sentence)

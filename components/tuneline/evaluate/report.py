@@ -15,8 +15,8 @@ from typing import Any, Final
 from tuneline.evaluate.compare import BASE, CHAMPION, TUNED
 
 _WIDTH, _HEIGHT = 960, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 120, 16, 42
-_STRIP, _LANE, _MARGIN = 240, 15, 8
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 150, 16, 42
+_STRIP, _LANE, _MARGIN = 180, 15, 8
 """Of the small plots in tables: width, height of a model's lane, room at both ends."""
 _MOST_SLICE_ROWS: Final = 60
 _MOST_CHECKS: Final = 40
