@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from safetensors import SafetensorError
 
 from tuneline import form, pools, recipe
-from tuneline.base_model import cache_dir
+from tuneline.base_model import CODE_PIN, cache_dir, is_local
 from tuneline.errors import (
     EXIT_FAILED,
     EXIT_TERMINATED,
@@ -36,6 +36,7 @@ from tuneline.termination import raise_on_sigterm
 from tuneline.tracking import Step, TrackedStep, finish_run, mlflow_errors, tracked
 
 if TYPE_CHECKING:
+    from tuneline.artifacts import Artifact
     from tuneline.compare.leg import Job
 
 T = TypeVar("T")
@@ -137,19 +138,44 @@ def check_recipe(
 
 def _resolved(checked: recipe.Recipe, step: Step) -> dict[str, Any]:
     _check_evaluation(checked.evaluation)
+    _tell_of_context(checked)
     values = checked.model_dump(mode="json", exclude_none=True)  # KFP has no null in a dict
     step.log_params({section: values[section] for section in recipe.SECTIONS})
     return values
 
 
 def _check_evaluation(evaluation: recipe.EvaluationSection) -> None:
-    """Refuse tasks and an engine that the evaluation would miss after hours of training."""
+    """Refuse files, tasks and an engine that the evaluation would miss after hours of training."""
+    from tuneline.evaluate.forgetting import faults_of_text_sets
     from tuneline.evaluate.task_files import faults_of_tasks
     from tuneline.evaluate.vllm_answers import faults_of_engine
 
-    faults = faults_of_tasks(evaluation) + faults_of_engine(evaluation.engine)
+    faults = [
+        *faults_of_text_sets(evaluation.forgetting_sets),
+        *faults_of_tasks(evaluation),
+        *faults_of_engine(evaluation.engine),
+    ]
     if faults:
         raise RecipeError("evaluation", faults)
+
+
+def _tell_of_context(checked: recipe.Recipe) -> None:
+    """Say before the training that rows may not fit, where the base is a folder to look into."""
+    reference = checked.model.base_model.partition(CODE_PIN)[0]
+    if not is_local(reference):
+        return
+    try:
+        config = json.loads((Path(reference).expanduser() / "config.json").read_text("utf-8"))
+        context = int(config["max_position_embeddings"])
+    except (OSError, ValueError, LookupError, TypeError):  # what is wrong with it is told later
+        return
+    longest = checked.data.max_seq_len + (checked.evaluation.max_new_tokens or 0)
+    if longest > context:
+        report(
+            f"warning: data.max_seq_len {checked.data.max_seq_len} and evaluation.max_new_tokens "
+            f"{checked.evaluation.max_new_tokens or 0} are more than the model's context of "
+            f"{context} tokens: prompts that leave no room for an answer will lose their start"
+        )
 
 
 def resolve_pool(gpu_pool: str, run_id: str, experiment: str) -> tuple[Any, ...]:
@@ -209,9 +235,16 @@ def check_retrain(
 
 
 def prepare_data(
-    base_model: str, data: Mapping[str, Any], output: str, run_id: str = "", experiment: str = ""
+    base_model: str,
+    data: Mapping[str, Any],
+    output: str,
+    run_id: str = "",
+    experiment: str = "",
+    *,
+    evaluation: Mapping[str, Any] | None = None,
+    gate: Mapping[str, Any] | None = None,
 ) -> None:
-    """Raw rows to a PreparedDataset."""
+    """Raw rows to a PreparedDataset, checked for the evaluation and gate that are to come."""
     from tuneline.data_prep.prepare import CONTRACT, PAGE, prepare
 
     with _step("prepare_data", run_id, experiment, ("transformers",)) as step:
@@ -223,6 +256,23 @@ def prepare_data(
         step.log_metrics({check["name"]: check["value"] for check in contract["checks"]})
         for name in (CONTRACT, PAGE):
             step.log_file(dataset.path / name)
+        if evaluation is not None:
+            _check_fits(base_model, dataset, evaluation, gate)
+
+
+def _check_fits(
+    base_model: str,
+    dataset: Artifact,
+    evaluation: Mapping[str, Any],
+    gate: Mapping[str, Any] | None,
+) -> None:
+    from tuneline.base_model import resolve
+    from tuneline.evaluate.evaluate import check_fits
+
+    measured = recipe.check(recipe.EvaluationSection, evaluation, source="evaluation")
+    conditions = None if gate is None else recipe.check(recipe.GateSection, gate, source="gate")
+    base = resolve(base_model, digest=dataset.manifest.base_model["digest"])
+    check_fits(base, dataset, measured, conditions)
 
 
 def finetune(

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import posixpath
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +41,8 @@ PARAM_PREFIX: Final = "tuneline."
 RUN_TAG: Final = "kfp.run_id"
 TASK_TAG: Final = "kfp.task"
 _PARAM_LENGTH: Final = 6000
+_KEY_LENGTH: Final = 250
+_NOT_IN_A_KEY: Final = re.compile(r"[^\w./ -]")
 
 
 class Step(Protocol):
@@ -223,6 +227,22 @@ def _send_leftovers(client: MlflowClient) -> None:
         # of a run that did not end it stays: a retry must know what it need not send again
         if spool.close(_FAILED_PATIENCE_SECONDS) and spool.finished:
             spool.remove()
+
+
+def mlflow_key(name: str) -> str:
+    """A key that MLflow takes for a metric or tag of any name.
+
+    A name that it takes is its own key. Of others the refused characters are replaced and a digest
+    of the whole follows, so that two names never share a key: one refused key would hold up all
+    figures that are sent with it and after it.
+    """
+    plain = _NOT_IN_A_KEY.sub("_", name)
+    if posixpath.normpath(plain) != plain or plain.startswith(("/", "..")) or plain == ".":
+        plain = plain.replace("/", "_").replace(".", "_")  # MLflow's keys are paths
+    if plain == name and len(name) <= _KEY_LENGTH:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{plain[: _KEY_LENGTH - 9]}-{digest}"
 
 
 @contextmanager

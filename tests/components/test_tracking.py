@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tuneline.errors import RegistryError
-from tuneline.tracking import mlflow_errors, open_client, safe_uri, tracked
+from tuneline.tracking import mlflow_errors, mlflow_key, open_client, safe_uri, tracked
 
 
 def test_a_password_in_the_uri_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,3 +57,33 @@ def test_a_pod_with_an_empty_disk_logs_no_step_again(
     (run,) = [r for r in runs if r.data.tags["kfp.task"] == "finetune_lora"]
     history = client.get_metric_history(run.info.run_id, "loss")
     assert [point.step for point in history] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "exact_match",
+        "pass@1",
+        "pass#1",
+        "a:b",
+        "../up",
+        "a//b",
+        ".",
+        "/",
+        "é",
+        "x" * 300,
+        "x" * 301,
+    ],
+)
+def test_mlflow_takes_the_key_of_any_name(name: str) -> None:
+    from mlflow.utils.validation import _validate_metric_name
+
+    key = mlflow_key(name)
+    _validate_metric_name(key)
+    assert len(key) <= 250
+
+
+def test_two_names_never_share_a_key() -> None:
+    names = ["pass@1", "pass#1", "pass_1", "a//b", "a__b", "x" * 300, "x" * 301]
+    assert len({mlflow_key(name) for name in names}) == len(names)
+    assert mlflow_key("tuned_exact_match") == "tuned_exact_match"

@@ -1,5 +1,7 @@
 """KFP component: raw rows -> PreparedDataset."""
 
+from typing import Optional
+
 from kfp import dsl
 
 from tuneline.images import CPU
@@ -13,8 +15,10 @@ def prepare_data(
     data: dict,
     dataset: dsl.Output[dsl.Dataset],
     page: dsl.Output[dsl.HTML],
+    evaluation: Optional[dict] = None,
+    gate: Optional[dict] = None,
 ):
-    """Check, render, tokenize, mask and split the rows for one base model."""
+    """Check, render, tokenize, mask and split the rows for one base model and its evaluation."""
     import shutil
     from pathlib import Path
 
@@ -24,6 +28,8 @@ def prepare_data(
         steps.prepare_data,
         base_model=base_model,
         data=data,
+        evaluation=evaluation,
+        gate=gate,
         output=dataset.path,
         run_id=run_id,
         experiment=experiment,
