@@ -114,6 +114,7 @@ class SupervisedTrainer(Trainer):
         self._grad_norm: float | Tensor | None = None
         self._evaluation_due = False
         self._next_counts: list[tuple[int, int, int]] = []
+        self._resumed_at: int | None = None
         self._micro_batch_started = 0.0
         self._micro_batch_seconds = 0.0
         self._grace_was_checked = False
@@ -132,6 +133,7 @@ class SupervisedTrainer(Trainer):
         found = self._newest()
         if found is not None:
             report(f"going on from {found.path}")
+            self._resumed_at = found.step
             self.figures = Figures(**found.notes["figures"])
             if not self.args.should_save:  # the sums are of all ranks
                 self.figures = replace(self.figures, nll=0.0, supervised=0)
@@ -176,9 +178,25 @@ class SupervisedTrainer(Trainer):
         torch.distributed.barrier()
         return found if brings else checkpoints.same(found, brings=False)
 
+    def _run_epoch(self, **options: Any) -> None:
+        """Nothing where training is over: transformers looks at that after a step only.
+
+        A resumed run can be past the last step inside of an epoch, or the evaluation that it begins
+        with can end it.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        if not self.control.should_training_stop:
+            super()._run_epoch(**options)
+
     def _stop(self) -> None:
         if self._checkpoints is None:
             raise Terminated
+        if self._resumed_at == self.state.global_step:
+            # nothing was trained since, and this process need not have the random state of then
+            raise Terminated(
+                f"the checkpoint of step {self._resumed_at} is as it was: run it again to go on"
+            )
         self._moment = self._now()
         self._save_checkpoint(self.model, None)
         self._raise_terminated()

@@ -1,0 +1,200 @@
+"""A run that was stopped ends as one that never was: the same history, the same weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
+
+from tuneline.errors import Terminated
+from tuneline.finetune.arguments import training_arguments
+from tuneline.finetune.batching import collate
+from tuneline.finetune.checkpoint import Checkpoints, Schedule
+from tuneline.finetune.methods.lora import METHOD, LoraSettings, attach
+from tuneline.finetune.trainer import SupervisedTrainer
+from tuneline.recipe import TrainingSection
+from tuneline.termination import Termination
+
+ROWS = 8
+
+
+class _InOrder:
+    """Batches of one row."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def set_epoch(self, epoch: int) -> None:
+        pass
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self):
+        return iter([[row] for row in range(self._count)])
+
+
+def _loader(seed: int, on_read: Callable[[], None] = lambda: None) -> DataLoader[Any]:
+    random = torch.Generator().manual_seed(seed)
+    data = [
+        {
+            "row": row,
+            "input_ids": torch.randint(3, 200, (9,), generator=random).tolist(),
+            "supervised": [0] * 3 + [1] * 6,
+        }
+        for row in range(ROWS)
+    ]
+
+    def collated(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        on_read()
+        return collate(batch, 0)
+
+    return DataLoader(
+        data,  # pyright: ignore[reportArgumentType]
+        batch_sampler=_InOrder(ROWS),  # pyright: ignore[reportArgumentType]
+        collate_fn=collated,
+        generator=torch.Generator(),
+    )
+
+
+@dataclass
+class Runs:
+    """Starts a process's part of the same run, as often as asked."""
+
+    model: Path
+    folder: Path
+
+    def run(
+        self,
+        checkpoints: Checkpoints | None,
+        *,
+        steps: int,
+        stop_in_step: int = 0,
+        stop_in_validation_batch: int = 0,
+        **settings: Any,
+    ) -> SupervisedTrainer:
+        """With SIGTERM in a micro-batch or a validation batch of this process, counted from 1."""
+        torch.manual_seed(0)  # what a fresh process has, and no checkpoint
+        patience = settings.pop("early_stopping_patience", None)
+        termination = Termination()
+        seen = {"train": 0, "validation": 0}
+
+        def count(what: str, stop_at: int) -> None:
+            seen[what] += 1
+            termination.requested = termination.requested or seen[what] == stop_at
+
+        training = TrainingSection(
+            **{"learning_rate": 0.01, "warmup_fraction": 0, "evaluations": 2} | settings
+        )
+        base = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+        trainer = SupervisedTrainer(
+            model=attach(base, LoraSettings(dropout=0.2)),
+            args=training_arguments(
+                training,
+                METHOD,
+                steps=steps,
+                validates=True,
+                output_dir=self.folder / "trainer",
+            ),
+            train_loader=_loader(0),
+            validation_loader=_loader(1, lambda: count("validation", stop_in_validation_batch)),
+            create_optimizer=lambda chosen, options: None,
+            checkpoints=checkpoints,
+            schedule=Schedule(60),
+            termination=termination,
+            load_best=training.load_best,
+            early_stopping_patience=patience,
+        )
+        compute = trainer.compute_loss
+
+        def counted(*arguments: Any, **options: Any) -> torch.Tensor:
+            count("train", stop_in_step)
+            return compute(*arguments, **options)
+
+        trainer.compute_loss = counted
+        trainer.run()
+        return trainer
+
+
+@pytest.fixture
+def runs(tiny_model: Path, tmp_path: Path) -> Runs:
+    return Runs(tiny_model, tmp_path)
+
+
+def assert_same(one: SupervisedTrainer, other: SupervisedTrainer) -> None:
+    assert one.state.global_step == other.state.global_step
+    assert one.state.log_history == other.state.log_history
+    assert one.model is not None and other.model is not None
+    for (name, mine), (_, yours) in zip(
+        one.model.named_parameters(), other.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(mine, yours), name
+
+
+def test_a_run_stopped_at_its_last_step_inside_of_an_epoch_trains_no_step_more(
+    runs: Runs, tmp_path: Path
+) -> None:
+    half_an_epoch = ROWS // 2
+    whole = runs.run(None, steps=half_an_epoch)
+    with Checkpoints(tmp_path / "key", limit=1) as checkpoints:
+        with pytest.raises(Terminated, match=f"a checkpoint of step {half_an_epoch} was written"):
+            runs.run(checkpoints, steps=half_an_epoch, stop_in_step=half_an_epoch)
+        resumed = runs.run(checkpoints, steps=half_an_epoch)
+    assert whole.state.global_step == half_an_epoch
+    assert_same(resumed, whole)
+
+
+DIVERGING: dict[str, Any] = {
+    "steps": 32,
+    "learning_rate": 0.5,
+    "schedule": "constant",
+    "evaluations": 16,
+    "early_stopping_patience": 2,
+}
+
+
+def test_a_run_that_ends_early_at_the_evaluation_it_resumes_with_trains_no_step_more(
+    runs: Runs, tmp_path: Path
+) -> None:
+    whole = runs.run(None, **DIVERGING)
+    last = whole.state.global_step
+    assert last < DIVERGING["steps"]
+    with Checkpoints(tmp_path / "key", limit=1) as checkpoints:
+        with pytest.raises(Terminated, match=f"a checkpoint of step {last} was written"):
+            runs.run(checkpoints, stop_in_step=last, **DIVERGING)
+        resumed = runs.run(checkpoints, **DIVERGING)
+    assert_same(resumed, whole)
+
+
+def test_sigterm_in_the_evaluation_that_a_run_resumes_with_leaves_the_checkpoint_as_it_was(
+    runs: Runs, tmp_path: Path
+) -> None:
+    whole = runs.run(None, steps=12)
+    with Checkpoints(tmp_path / "key", limit=2) as checkpoints:
+        with pytest.raises(Terminated, match="a checkpoint of step 6 was written"):
+            runs.run(checkpoints, steps=12, stop_in_step=6)
+        for _ in range(2):
+            with pytest.raises(Terminated, match="the checkpoint of step 6 is as it was"):
+                runs.run(checkpoints, steps=12, stop_in_validation_batch=3)
+        resumed = runs.run(checkpoints, steps=12)
+    assert_same(resumed, whole)
+
+
+def test_sigterm_in_a_resumed_run_that_had_stopped_early_is_no_failure(
+    runs: Runs, tmp_path: Path
+) -> None:
+    with Checkpoints(tmp_path / "key", limit=2) as checkpoints:
+        whole = runs.run(checkpoints, **DIVERGING)
+        with pytest.raises(Terminated):  # as when SIGTERM comes between training and saving
+            whole._stop()
+        found = checkpoints.newest()
+        assert found is not None and found.notes["stopped_early"]
+        again = runs.run(checkpoints, **DIVERGING)
+        assert_same(again, whole)
+        again._termination.requested = True
+        with pytest.raises(Terminated, match=f"step {found.step} is as it was: run it again"):
+            again.run()
