@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from tuneline.errors import Terminated
 from tuneline.finetune.arguments import training_arguments
 from tuneline.finetune.batching import collate
-from tuneline.finetune.checkpoint import Checkpoints, Schedule
+from tuneline.finetune.checkpoint import MARKER, Checkpoints, Schedule, save_trainable
 from tuneline.finetune.methods.lora import METHOD, LoraSettings, attach
 from tuneline.finetune.trainer import SupervisedTrainer
 from tuneline.recipe import TrainingSection
@@ -55,7 +55,7 @@ def _loader(seed: int, on_read: Callable[[], None] = lambda: None) -> DataLoader
 
     return DataLoader(
         data,  # pyright: ignore[reportArgumentType]
-        batch_sampler=_InOrder(ROWS),  # pyright: ignore[reportArgumentType]
+        batch_sampler=_InOrder(ROWS),
         collate_fn=collated,
         generator=torch.Generator(),
     )
@@ -198,3 +198,51 @@ def test_sigterm_in_a_resumed_run_that_had_stopped_early_is_no_failure(
         again._termination.requested = True
         with pytest.raises(Terminated, match=f"step {found.step} is as it was: run it again"):
             again.run()
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest_without_load_best(
+    runs: Runs, tmp_path: Path
+) -> None:
+    with Checkpoints(tmp_path / "key", limit=1) as checkpoints:
+        trainer = runs.run(checkpoints, **DIVERGING)
+        with pytest.raises(Terminated):
+            trainer._stop()
+        kept = sorted(path.name for path in checkpoints.folder.glob("step-*"))
+    best, last = trainer._best_step(), trainer.state.global_step
+    assert best is not None and best < last
+    assert kept == [f"step-{best:08d}", f"step-{last:08d}"]
+
+
+@pytest.mark.parametrize("another_survives", [True, False])
+def test_a_lost_best_checkpoint_costs_a_warning_and_not_the_run(
+    runs: Runs,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    another_survives: bool,
+) -> None:
+    with Checkpoints(tmp_path / "key", limit=9) as checkpoints:
+        trainer = runs.run(checkpoints, **DIVERGING)
+        ranked = sorted((loss, step) for loss, step in trainer._evaluations())
+        best, last = ranked[0][1], trainer.state.global_step
+        trainer._save_checkpoint(None, None)
+        for path in checkpoints.folder.glob("step-*"):
+            (path / MARKER).unlink()
+        survivor = next(step for _, step in ranked if step not in (best, last))
+        capsys.readouterr()
+        if another_survives:
+            with torch.no_grad():
+                weight = next(p for p in trainer.model.parameters() if p.requires_grad)
+                before = weight.clone()
+                weight.fill_(0.125)
+                checkpoints.write(
+                    survivor, {}, lambda folder: save_trainable(trainer.model, folder), best
+                )
+                weight.copy_(before)
+        trainer._take_best()
+        output = capsys.readouterr().out
+        assert f"warning: the checkpoint of step {best}, which had the lowest validation" in output
+        if another_survives:
+            assert torch.equal(weight, torch.full_like(weight, 0.125))
+            assert f"took the weights of step {survivor}" in output
+        else:
+            assert f"the last weights are taken, of step {last}" in output

@@ -77,7 +77,7 @@ class SupervisedTrainer(Trainer):
         validation_loader: batches for the validation loss, or None.
         create_optimizer: makes the method's own optimizer from a class and its options, or None.
         checkpoints: where to keep them, or None to keep none.
-        schedule: when one is due, beside those that hold the best validation loss.
+        schedule: when one is due, beside those of each new lowest validation loss.
         termination: whether SIGTERM has arrived.
         load_best: end with the weights of the lowest validation loss.
         early_stopping_patience: evaluations without a lower one until training stops, or None.
@@ -178,7 +178,7 @@ class SupervisedTrainer(Trainer):
         torch.distributed.barrier()
         return found if brings else checkpoints.same(found, brings=False)
 
-    def _run_epoch(self, **options: Any) -> None:
+    def _run_epoch(self, *given: Any, **options: Any) -> None:
         """Nothing where training is over: transformers looks at that after a step only.
 
         A resumed run can be past the last step inside of an epoch, or the evaluation that it begins
@@ -187,7 +187,7 @@ class SupervisedTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         if not self.control.should_training_stop:
-            super()._run_epoch(**options)
+            super()._run_epoch(*given, **options)
 
     def _stop(self) -> None:
         if self._checkpoints is None:
@@ -365,7 +365,7 @@ class SupervisedTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         self._evaluation_due = False
-        if self._best_step() == self.state.global_step and self._load_best:
+        if self._best_step() == self.state.global_step:
             self.control.should_save = True
         if self._out_of_patience():
             self.control.should_training_stop = True
@@ -491,7 +491,7 @@ class SupervisedTrainer(Trainer):
                 self.state.global_step,
                 notes,
                 lambda folder: self._fill(folder, states),
-                self._best_step() if self._load_best else None,
+                self._best_step(),
             )
         seconds = time.monotonic() - started
         if self._schedule is not None:
@@ -527,18 +527,27 @@ class SupervisedTrainer(Trainer):
         load_trainable(target, Path(resume_from_checkpoint))
 
     def _take_best(self) -> None:
-        best = self._best_step()
+        ranked = [step for _, step in sorted(self._evaluations())]
         assert self._checkpoints is not None and self.model is not None
-        if best is None or best == self.state.global_step:
+        last = self.state.global_step
+        if not ranked or ranked[0] == last:
             return
-        found = self._of_rank_0(lambda checkpoints: checkpoints.find(best))
-        if found is None:
-            raise TrainingError(
-                f"the checkpoint of step {best}, which had the lowest validation loss, is lost "
-                f"from {self._checkpoints.folder}: run again, or set training.load_best: false"
+        # of those that were worse than the last weights none is of use
+        better = ranked[: ranked.index(last)] if last in ranked else ranked
+        found = self._of_rank_0(
+            lambda checkpoints: next(filter(None, map(checkpoints.find, better)), None)
+        )
+        if found is None or found.step != ranked[0]:
+            report(
+                f"warning: the checkpoint of step {ranked[0]}, which had the lowest validation "
+                f"loss, is lost from {self._checkpoints.folder}"
             )
+        if found is None:
+            report(f"warning: the last weights are taken, of step {last}")
+            return
         load_trainable(self.model, found.path)
-        report(f"took the weights of step {best}, which had the lowest validation loss")
+        what = "the lowest" if found.step == ranked[0] else "the lowest of those that are left"
+        report(f"took the weights of step {found.step}, which had {what} validation loss")
 
 
 class _Steps(TrainerCallback):
