@@ -105,6 +105,14 @@ def test_packed_grouped_and_padded_have_the_same_loss_and_gradients(model: nn.Mo
     assert_same(padded, packed)
 
 
+def test_a_rows_first_token_is_never_learned() -> None:
+    data = [{**row, "supervised": [1] * len(row["input_ids"])} for row in rows(3)]
+    assert (collate(data, 0)["labels"][:, 0] == -100).all()
+    packed = pack(data)
+    assert (packed["labels"][packed["position_ids"] == 0] == -100).all()
+    assert int((packed["labels"] != -100).sum()) == int((collate(data, 0)["labels"] != -100).sum())
+
+
 def test_packed_rows_do_not_see_each_other(model: nn.Module) -> None:
     first, second, third = rows(3)
     other = {**second, "input_ids": [7] * len(second["input_ids"])}

@@ -1,6 +1,8 @@
 """A run that was stopped ends as one that never was: the same history, the same weights."""
 
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,17 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from tuneline.errors import Terminated
+from tuneline.data_prep.prepare import prepare
+from tuneline.errors import Terminated, TrainingError
 from tuneline.finetune.arguments import training_arguments
 from tuneline.finetune.batching import collate
 from tuneline.finetune.checkpoint import MARKER, Checkpoints, Schedule, save_trainable
 from tuneline.finetune.methods.lora import METHOD, LoraSettings, attach
+from tuneline.finetune.train import finetune
 from tuneline.finetune.trainer import SupervisedTrainer
-from tuneline.recipe import TrainingSection
-from tuneline.termination import Termination
+from tuneline.recipe import DataSection, TrainingSection, check
+from tuneline.termination import Termination, raise_on_sigterm
+from tuneline.tracking import Step, Untracked
 
 ROWS = 8
 
@@ -246,3 +251,67 @@ def test_a_lost_best_checkpoint_costs_a_warning_and_not_the_run(
             assert f"took the weights of step {survivor}" in output
         else:
             assert f"the last weights are taken, of step {last}" in output
+
+
+# ---- the whole step
+
+
+class _Signals(Untracked):
+    """Gets SIGTERM when the step tells its parameters, or its metrics for the third time."""
+
+    def __init__(self, at: str) -> None:
+        self._at = at
+        self._told = 0
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        if self._at == "params":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        self._told += 1
+        if self._at == "metrics" and self._told == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def sigterm_raises() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    raise_on_sigterm()
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def _finetune(model: Path, dataset: Path, output: Path, step: Step, **settings: Any) -> None:
+    training = TrainingSection(
+        **{"epochs": 2, "learning_rate": 0.01, "batch_tokens": 128} | settings
+    )
+    finetune(str(model), dataset, LoraSettings(), training, output, step)
+
+
+@pytest.mark.usefixtures("sigterm_raises")
+def test_sigterm_outside_of_the_loop_says_what_there_is_to_go_on_from(
+    tiny_model: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    data = check(DataSection, {"train": str(chats_file)}, source="data")
+    dataset = prepare(str(tiny_model), data, tmp_path / "data").path
+    said = []
+    for at in ("params", "metrics", "params"):
+        with pytest.raises(Terminated) as caught:
+            _finetune(tiny_model, dataset, tmp_path / "out", _Signals(at))
+        said.append(str(caught.value))
+    (checkpoint,) = (tmp_path / "out.checkpoints").glob("*/step-*")
+    assert said[0] == "of its checkpoints there is none: run it again to go on"
+    assert said[2] == (
+        f"of its checkpoints the last complete one is {checkpoint.name}: run it again to go on"
+    )
+
+
+def test_the_best_weights_without_validation_rows_are_refused_before_the_model_loads(
+    tiny_model: Path, chats_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = {"train": str(chats_file), "validation_fraction": 0}
+    data = check(DataSection, section, source="data")
+    dataset = prepare(str(tiny_model), data, tmp_path / "data").path
+    with pytest.raises(TrainingError, match="load_best needs validation rows, and the data set"):
+        _finetune(tiny_model, dataset, tmp_path / "out", Untracked(), load_best=True)
+    assert "trainable" not in capsys.readouterr().out

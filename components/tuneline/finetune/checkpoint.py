@@ -429,7 +429,7 @@ class Checkpoints:
     ) -> None:
         aside = path.with_name(path.name + _PARTIAL)
         try:
-            with _stated(f"checkpoint {path} can't be written", self._standing):
+            with _stated(f"checkpoint {path} can't be written", self.standing):
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
                 fill(aside)
@@ -475,9 +475,12 @@ class Checkpoints:
         # a half one of a later step may be on its way from another process
         store.remove([o for o in stored if o.name not in names and o.step <= written])
 
-    def _standing(self) -> str:
+    def standing(self) -> str:
+        """What there is to go on from, as part of a sentence."""
         paths = self._paths()
-        return f"the last complete one is {paths[-1].name}" if paths else "there is none yet"
+        if paths:
+            return f"the last complete one is {paths[-1].name}"
+        return f"the last one is in {self._store.url}, if any" if self._store else "there is none"
 
     def _rotate(self, best: int | None) -> None:
         paths = self._paths()
