@@ -33,7 +33,7 @@ from tuneline.finetune.checkpoint import Checkpoints, Schedule
 from tuneline.finetune.loss import supervised_nll
 from tuneline.finetune.methods.lora import METHOD, LoraSettings, attach
 from tuneline.finetune.train import finetune
-from tuneline.finetune.trainer import SupervisedTrainer
+from tuneline.finetune.trainer import ProgressCallback, SupervisedTrainer
 from tuneline.recipe import DataSection, TrainingSection, check
 from tuneline.termination import Termination
 from tuneline.tracking import Untracked
@@ -504,6 +504,33 @@ def test_schedules_go_by_the_names_of_transformers(schedule, model, tmp_path: Pa
     assert rates[0] == 0 and max(rates) == pytest.approx(1.0)
     ends = {"cosine_with_min_lr": 0.1, "constant": 1.0, "inverse_sqrt": 0.3}
     assert rates[-1] == pytest.approx(ends.get(schedule, 0.0), abs=0.15)
+
+
+def test_the_rate_on_the_console_is_of_training_since_the_last_line(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    trainer = trainer_of(model, [[0]], tmp_path, steps=4, accumulation=1)
+    progress = ProgressCallback(Untracked(), trainer)
+    events = (trainer.args, trainer.state, trainer.control)
+    trainer.state.max_steps = 4
+    trainer.control.should_log = True
+    trainer.state.is_world_process_zero = True
+    progress.on_train_begin(*events)
+    # tokens, seconds of the step, of its evaluation, of its checkpoint
+    for tokens, step, evaluation, save in ((100, 10, 0, 0), (300, 10, 50, 40), (500, 10, 0, 0)):
+        trainer.figures.tokens_seen += tokens
+        now += step
+        progress.on_step_end(*events)
+        progress.on_log(*events, logs={"loss": 1.0, "learning_rate": 0.1})
+        now += evaluation
+        progress.on_evaluate(*events)
+        now += save
+        progress.on_save(*events)
+    lines = capsys.readouterr().out.splitlines()
+    rates = [line.partition(" tokens/s")[0].split()[-1] for line in lines]
+    assert rates == ["10", "30", "50"]
 
 
 # ---- several processes

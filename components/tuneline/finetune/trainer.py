@@ -606,34 +606,61 @@ class ProgressCallback(TrainerCallback):
         self._last_tick = 0.0
         self._first_step = 0
         self._first_tokens = 0
+        self._last_tokens = 0
+        self._step_ended = 0.0
+        self._aside_seconds = 0.0
+        """Since the last line, for evaluation and checkpoints."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Start the clock."""
         del args, control
-        self._started = self._last_tick = time.monotonic()
+        self._started = self._last_tick = self._step_ended = time.monotonic()
         self._first_step = state.global_step
-        self._first_tokens = self._trainer.figures.tokens_seen
+        self._first_tokens = self._last_tokens = self._trainer.figures.tokens_seen
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """A sign of life between two logged figures of a slow run."""
-        del args, control
-        if time.monotonic() - self._last_tick > _SILENCE_SECONDS:
+        del args
+        self._step_ended = time.monotonic()
+        if self._step_ended - self._last_tick > _SILENCE_SECONDS and not control.should_log:
             self._tick(state, "")
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Evaluation is over: its time is not training's."""
+        del args, state, control
+        self._set_aside()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """As after an evaluation."""
+        del args, state, control
+        self._set_aside()
+
+    def _set_aside(self) -> None:
+        now = time.monotonic()
+        self._aside_seconds += now - self._step_ended
+        self._step_ended = now
 
     def _tick(self, state: TrainerState, figures: str) -> None:
         if not state.is_world_process_zero:
             return
-        self._last_tick = time.monotonic()
+        now, seen = time.monotonic(), self._trainer.figures.tokens_seen
+        seconds = max(now - self._last_tick - self._aside_seconds, 1e-9)
+        rate = (seen - self._last_tokens) * self._trainer.args.world_size / seconds
+        self._last_tick, self._last_tokens, self._aside_seconds = now, seen, 0.0
         elapsed = self._last_tick - self._started
         done = max(state.global_step - self._first_step, 1)
         left = elapsed / done * (state.max_steps - state.global_step)
         tick(
             f"step {state.global_step}/{state.max_steps}  {figures}"
-            f"{self._tokens_per_second(elapsed):.0f} tokens/s  padding {self._padding():.0%}  "
+            f"{rate:.0f} tokens/s  padding {self._padding():.0%}  "
             f"{device_peak_memory_bytes() / 1e9:.1f} GB  ETA {minutes(left)}"
         )
 
