@@ -20,6 +20,7 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    IntervalStrategy,
 )
 
 from tuneline import artifacts
@@ -355,12 +356,37 @@ def test_a_loss_that_is_not_finite_names_step_and_rows_and_spares_the_weights(
 
 
 def test_memory_that_does_not_suffice_says_what_to_lower(model: nn.Module, tmp_path: Path) -> None:
-    trainer = trainer_of(model, [[0]], tmp_path, steps=1, accumulation=1)
-    with (
-        pytest.raises(TrainingError, match=r"out of memory at step 1 .* lower training.batch_tok"),
-        trainer._memory_errors(),
+    trainer = trainer_of(model, [[0, 1], [2, 3]], tmp_path, steps=2, accumulation=1)
+    compute = trainer.compute_loss
+
+    def greedy(*arguments, **options):
+        if trainer.state.global_step == 1:
+            torch.empty(2**50)
+        return compute(*arguments, **options)
+
+    trainer.compute_loss = greedy
+    tokens = 2 * max(len(row["input_ids"]) for row in rows(8)[2:4])
+    with pytest.raises(
+        TrainingError,
+        match=rf"out of memory at step 2 with micro-batches of up to {tokens} tokens: .* "
+        rf"lower training.batch_tokens to about {tokens * 3 // 4} and",
     ):
+        trainer.run()
+
+
+@pytest.mark.parametrize("after_training", [False, True])
+def test_memory_that_does_not_suffice_for_an_evaluation_is_one_sentence(
+    model: nn.Module, tmp_path: Path, after_training: bool
+) -> None:
+    def greedy(batch):
         torch.empty(2**50)
+
+    held_out = DataLoader(rows(2), collate_fn=greedy)  # pyright: ignore[reportArgumentType]
+    trainer = trainer_of(model, [[0]], tmp_path, 1, 1, validation=held_out)
+    if after_training:
+        trainer.args.eval_strategy = IntervalStrategy.NO
+    with pytest.raises(TrainingError, match="out of memory in the evaluation after step 1 with"):
+        trainer.run()
 
 
 @pytest.mark.parametrize(

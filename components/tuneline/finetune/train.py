@@ -153,6 +153,7 @@ def _train(
     from tuneline.finetune.arguments import training_arguments, use_kernels
     from tuneline.finetune.batching import batches_of
     from tuneline.finetune.checkpoint import Schedule
+    from tuneline.finetune.memory import loading
     from tuneline.finetune.trainer import ProgressCallback, SupervisedTrainer
 
     _check_validation(dataset, training)
@@ -166,9 +167,10 @@ def _train(
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     rank, world_size = ranks()
     set_seed(training.seed)
-    model, trainable, all_parameters = attach(
-        base, method, method_config, precision=training.precision
-    )
+    with loading(base.path):
+        model, trainable, all_parameters = attach(
+            base, method, method_config, precision=training.precision
+        )
     layout = use_kernels(model, training)
     report(
         f"{method.name}: {trainable:,} trainable of {all_parameters:,} parameters "

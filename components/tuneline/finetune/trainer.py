@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from tuneline.errors import Terminated, TrainingError
+from tuneline.finetune import memory
 from tuneline.finetune.checkpoint import (
     Checkpoint,
     Checkpoints,
@@ -36,7 +37,7 @@ from tuneline.finetune.checkpoint import (
     save_trainable,
 )
 from tuneline.finetune.loss import held_out_nll, supervised_nll
-from tuneline.progress import minutes, peak_memory_bytes, report, tick
+from tuneline.progress import minutes, report, tick
 from tuneline.termination import Termination
 from tuneline.tracking import Step
 
@@ -115,6 +116,9 @@ class SupervisedTrainer(Trainer):
         self._evaluation_due = False
         self._next_counts: list[tuple[int, int, int]] = []
         self._resumed_at: int | None = None
+        self._measured = memory.Measured()
+        self._longest_row = 0
+        self._evaluates = False
         self._micro_batch_started = 0.0
         self._micro_batch_seconds = 0.0
         self._grace_was_checked = False
@@ -144,6 +148,7 @@ class SupervisedTrainer(Trainer):
             self.state = TrainerState.load_from_json(str(found.path / "trainer_state.json"))
         else:
             with self._memory_errors():
+                self._measured = memory.Measured(start=memory.peak_bytes())
                 self.train(resume_from_checkpoint=str(found.path) if found else None)
         seconds, tokens = time.monotonic() - started, self.figures.tokens_seen - tokens
         report(
@@ -151,7 +156,8 @@ class SupervisedTrainer(Trainer):
             f"{self.state.global_step} steps"
         )
         if self._validation_loader is not None and not self._evaluated_now():
-            self.evaluate()
+            with self._memory_errors():
+                self.evaluate()
         if self._termination.requested:
             self._stop()
         if self._load_best:
@@ -231,6 +237,15 @@ class SupervisedTrainer(Trainer):
             )
             for batch in batches
         ]
+        self._longest_row = max(
+            (
+                int(batch["position_ids"].max()) + 1
+                if "position_ids" in batch
+                else batch["input_ids"].shape[1]
+                for batch in batches
+            ),
+            default=0,
+        )
         return batches, supervised
 
     def compute_loss(
@@ -280,6 +295,7 @@ class SupervisedTrainer(Trainer):
                 [batch for _, batch in self._pending],
             )
         self.figures.nll += math.fsum(losses)
+        self._measured.note(max(slots for _, slots, _ in self._next_counts))
         for tokens, slots, supervised in self._next_counts:
             self.figures.tokens_seen += tokens
             self.figures.slots_seen += slots
@@ -310,15 +326,23 @@ class SupervisedTrainer(Trainer):
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            if not full and "can't allocate memory" not in str(error):
+            if not memory.is_out_of_memory(error):
                 raise
-            slots = [slots for _, slots, _ in self._next_counts]
+            assert self.model is not None
+            step = self.state.global_step
             raise TrainingError(
-                f"out of memory at step {self.state.global_step + 1} with micro-batches of up to "
-                f"{max(slots, default=0)} tokens: lower training.batch_tokens and raise "
-                "training.gradient_accumulation_steps by the same factor (the result stays), or "
-                "set training.gradient_checkpointing: true"
+                memory.sentence(
+                    f"in the evaluation after step {step}"
+                    if self._evaluates
+                    else f"at step {step + 1}",
+                    self.model,
+                    tokens=max((slots for _, slots, _ in self._next_counts), default=0),
+                    longest_row=self._longest_row,
+                    element_bytes=2 if self.args.bf16 else 4,
+                    checkpointing=bool(self.args.activation_checkpointing),
+                    measured=self._measured,
+                    limit=memory.limit_bytes(),
+                )
             ) from error
 
     # ---- logging, evaluation
@@ -372,11 +396,13 @@ class SupervisedTrainer(Trainer):
         return metrics
 
     def _until_terminated(self, batches: Iterable[Any]) -> Iterator[Any]:
+        self._evaluates = True
         for batch in batches:
             if self._any_rank(self._termination.requested):
                 self._evaluation_due = True  # the resumed run begins with it
                 self._stop()
             yield batch
+        self._evaluates = False
 
     def _evaluations(self) -> list[tuple[float, int]]:
         return [
@@ -661,7 +687,7 @@ class ProgressCallback(TrainerCallback):
         tick(
             f"step {state.global_step}/{state.max_steps}  {figures}"
             f"{rate:.0f} tokens/s  padding {self._padding():.0%}  "
-            f"{device_peak_memory_bytes() / 1e9:.1f} GB  ETA {minutes(left)}"
+            f"{memory.peak_bytes() / 1e9:.1f} GB  ETA {minutes(left)}"
         )
 
     def _tokens_per_second(self, elapsed: float) -> float:
@@ -706,14 +732,7 @@ class ProgressCallback(TrainerCallback):
                     "elapsed_seconds": elapsed,
                     "tokens_per_second": self._tokens_per_second(elapsed),
                     "padding_fraction": self._padding(),
-                    "peak_memory_bytes": device_peak_memory_bytes(),
+                    "peak_memory_bytes": float(memory.peak_bytes()),
                 },
                 state.global_step,
             )
-
-
-def device_peak_memory_bytes() -> float:
-    """The most that this process has held, of the accelerator's memory or else of the machine's."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated())
-    return float(peak_memory_bytes())
