@@ -507,8 +507,9 @@ def test_a_validation_loss_that_is_not_finite_is_an_error(tiny_model: Path, tmp_
 @pytest.mark.parametrize(
     "schedule",
     [
-        "linear", "cosine", "cosine_with_min_lr", "cosine_with_restarts", "polynomial",
-        "inverse_sqrt", "warmup_stable_decay", "constant",
+        "linear", "cosine", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
+        "cosine_with_restarts", "polynomial", "inverse_sqrt", "warmup_stable_decay", "constant",
+        "constant_with_warmup",
     ],
 )  # fmt: skip
 def test_schedules_go_by_the_names_of_transformers(schedule, model, tmp_path: Path) -> None:
@@ -527,8 +528,11 @@ def test_schedules_go_by_the_names_of_transformers(schedule, model, tmp_path: Pa
         trainer.optimizer.step()
         rates.append(trainer.lr_scheduler.get_last_lr()[0])
         trainer.lr_scheduler.step()
-    assert rates[0] == 0 and max(rates) == pytest.approx(1.0)
-    ends = {"cosine_with_min_lr": 0.1, "constant": 1.0, "inverse_sqrt": 0.3}
+    # the one with a warm-up of its own starts at a step's share of it
+    assert rates[0] == (0.25 if "_warmup_with_min" in schedule else 0)
+    assert max(rates) == pytest.approx(1.0)
+    ends = {"constant": 1.0, "constant_with_warmup": 1.0, "inverse_sqrt": 0.3}
+    ends |= {"cosine_with_min_lr": 0.1, "cosine_warmup_with_min_lr": 0.1}
     assert rates[-1] == pytest.approx(ends.get(schedule, 0.0), abs=0.15)
 
 

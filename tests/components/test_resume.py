@@ -189,6 +189,21 @@ def test_sigterm_in_the_evaluation_that_a_run_resumes_with_leaves_the_checkpoint
     assert_same(resumed, whole)
 
 
+@pytest.mark.parametrize("stop_in_step", [7, 14])
+def test_a_schedule_by_validation_loss_goes_on_where_it_was(
+    runs: Runs, tmp_path: Path, stop_in_step: int
+) -> None:
+    how = {**DIVERGING, "schedule": "reduce_lr_on_plateau", "early_stopping_patience": None}
+    whole = runs.run(None, **how)
+    rates = [entry["learning_rate"] for entry in whole.state.log_history if "loss" in entry]
+    assert rates[0] == how["learning_rate"] and rates[-1] <= rates[0] / 2
+    with Checkpoints(tmp_path / "key", limit=1) as checkpoints:
+        with pytest.raises(Terminated):
+            runs.run(checkpoints, stop_in_step=stop_in_step, **how)
+        resumed = runs.run(checkpoints, **how)
+    assert_same(resumed, whole)
+
+
 def test_sigterm_in_a_resumed_run_that_had_stopped_early_is_no_failure(
     runs: Runs, tmp_path: Path
 ) -> None:
@@ -306,12 +321,24 @@ def test_sigterm_outside_of_the_loop_says_what_there_is_to_go_on_from(
     )
 
 
-def test_the_best_weights_without_validation_rows_are_refused_before_the_model_loads(
-    tiny_model: Path, chats_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"load_best": True, "early_stopping_patience": 1}, "load_best"),
+        ({"schedule": "reduce_lr_on_plateau"}, "schedule reduce_lr_on_plateau"),
+    ],
+)
+def test_what_goes_by_validation_loss_is_refused_without_rows_before_the_model_loads(
+    tiny_model: Path,
+    chats_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    settings: dict[str, Any],
+    named: str,
 ) -> None:
     section = {"train": str(chats_file), "validation_fraction": 0}
     data = check(DataSection, section, source="data")
     dataset = prepare(str(tiny_model), data, tmp_path / "data").path
-    with pytest.raises(TrainingError, match="load_best needs validation rows, and the data set"):
-        _finetune(tiny_model, dataset, tmp_path / "out", Untracked(), load_best=True)
+    with pytest.raises(TrainingError, match=f"training.{named} needs validation rows, and the"):
+        _finetune(tiny_model, dataset, tmp_path / "out", Untracked(), **settings)
     assert "trainable" not in capsys.readouterr().out

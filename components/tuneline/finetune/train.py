@@ -234,13 +234,18 @@ def _train(
 
 
 def _check_validation(dataset: Artifact, training: TrainingSection) -> None:
-    rows = dataset.read_json("contract.json")["splits"]["validation"]["rows"]
-    if training.load_best and not rows:
-        raise TrainingError(
-            "training.load_best needs validation rows, and the data set has none: raise "
-            "data.validation_fraction and prepare the data again, or set load_best: false and "
-            "leave early_stopping_patience unset"
-        )
+    if dataset.read_json("contract.json")["splits"]["validation"]["rows"]:
+        return
+    if training.load_best:
+        what, instead = "load_best", "load_best: false and leave early_stopping_patience unset"
+    elif training.schedule == "reduce_lr_on_plateau":
+        what, instead = f"schedule {training.schedule}", "another schedule"
+    else:
+        return
+    raise TrainingError(
+        f"training.{what} needs validation rows, and the data set has none: raise "
+        f"data.validation_fraction and prepare the data again, or set {instead}"
+    )
 
 
 def attach(

@@ -195,6 +195,14 @@ class SupervisedTrainer(Trainer):
         if not self.control.should_training_stop:
             super()._run_epoch(*given, **options)
 
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        """A schedule by validation loss steps also at the evaluation that a resumed run begins
+        with: it was due in the run before."""
+        del skip_scheduler
+        return super()._evaluate(trial, ignore_keys_for_eval)
+
     def _stop(self) -> None:
         if self._checkpoints is None:
             raise Terminated
