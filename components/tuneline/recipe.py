@@ -158,14 +158,20 @@ class TrainingSection(Settings):
         "linear",
         "cosine",
         "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
         "cosine_with_restarts",
         "polynomial",
         "inverse_sqrt",
         "warmup_stable_decay",
         "constant",
+        "constant_with_warmup",
+        "reduce_lr_on_plateau",
     ] = "linear"
-    """Of the learning rate after warm-up, by the names of transformers. `cosine_with_min_lr` ends
-    at a tenth of the peak; `warmup_stable_decay` decays in the last tenth of the steps."""
+    """Of the learning rate after warm-up, by the names of transformers. `cosine_with_min_lr` and
+    `cosine_warmup_with_min_lr` end at a tenth of the peak, and the latter starts above 0;
+    `warmup_stable_decay` decays in the last tenth of the steps; `constant` has the warm-up of
+    `warmup_fraction` too. `reduce_lr_on_plateau` has none: it halves the rate after two evaluations
+    in a row without a lower validation loss."""
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of the optimizer steps in which the learning rate rises from 0."""
     weight_decay: float = Field(default=0.0, ge=0)

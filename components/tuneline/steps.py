@@ -93,6 +93,7 @@ def _step(
     imports: tuple[str, ...] = (),
     *,
     pipeline: str = "finetune",
+    is_patient: bool = False,
 ) -> Iterator[Step]:
     report(f"== {task}")
     quiet_libraries()
@@ -101,7 +102,9 @@ def _step(
     # what a step takes is counted from here: its own work, MLflow's record of it included, not the
     # start of its process and its imports
     started = time.monotonic()
-    with tracked(run_id, task, experiment=experiment, pipeline=pipeline) as step:
+    with tracked(
+        run_id, task, experiment=experiment, pipeline=pipeline, is_patient=is_patient
+    ) as step:
         yield step
         peak = peak_memory_bytes()
         seconds = time.monotonic() - started
@@ -304,7 +307,7 @@ def finetune(
     settings = recipe.method_settings(method)
     section = recipe.check(recipe.TrainingSection, training, source="training")
     task = f"finetune_{method.get('name', 'lora')}"
-    with _step(task, run_id, experiment, _TORCH) as step:
+    with _step(task, run_id, experiment, _TORCH, is_patient=True) as step:
         if ranks()[0] > 0:
             train.accompany(base_model, Path(dataset), settings, section)
             return
@@ -579,7 +582,7 @@ def train_leg(job: Job) -> dict[str, Any]:
     """What the process of a leg does; returns its row."""
     from tuneline.compare.leg import run_leg
 
-    with _step(_task_of(job), job.run_id, job.experiment, _TORCH) as step:
+    with _step(_task_of(job), job.run_id, job.experiment, _TORCH, is_patient=True) as step:
         return run_leg(job, step)
 
 

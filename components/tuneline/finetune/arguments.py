@@ -23,7 +23,7 @@ from tuneline.recipe import TrainingSection
 
 _LAST_FRACTION: Final = 0.1
 """Of the steps for the decay of `warmup_stable_decay`, and of the peak for the least learning rate
-of `cosine_with_min_lr`."""
+of `cosine_with_min_lr` and `cosine_warmup_with_min_lr`."""
 
 
 def training_arguments(
@@ -160,12 +160,15 @@ def _schedule(training: TrainingSection, steps: int) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if name == "constant" and warmup_steps:
         name = "constant_with_warmup"
-    elif name == "cosine_with_min_lr":
+    elif name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
         options = {"min_lr_rate": _LAST_FRACTION}
     elif name == "warmup_stable_decay":
         options = {"num_decay_steps": math.ceil(_LAST_FRACTION * steps)}
+    elif name == "reduce_lr_on_plateau":
+        options = {"factor": 0.5, "patience": 1}
     return {
         "lr_scheduler_type": name,
         "lr_scheduler_kwargs": options,
         "warmup_steps": warmup_steps,
+        "metric_for_best_model": "eval_loss" if name == "reduce_lr_on_plateau" else None,
     }

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -66,7 +68,10 @@ def finetune(
         artifacts.writing(output) as aside,
         checkpoints_of(identity, output, limit=training.save_total_limit) as checkpoints,
     ):
-        history = _train(base, dataset, method, method_config, training, aside, step, checkpoints)
+        with _saying_where_it_goes_on(checkpoints):
+            history = _train(
+                base, dataset, method, method_config, training, aside, step, checkpoints
+            )
         with (aside / HISTORY).open("w", encoding="utf-8") as file:
             for entry in history:
                 # sorted, as a resumed run's come back: the same run is the same artifact
@@ -85,6 +90,19 @@ def finetune(
     if not training.keep_checkpoints:
         checkpoints.discard()
     return adapter
+
+
+@contextmanager
+def _saying_where_it_goes_on(checkpoints: Checkpoints) -> Iterator[None]:
+    """SIGTERM outside of the loop, while loading or saving: what there is, is of earlier."""
+    try:
+        yield
+    except Terminated as stopped:
+        if str(stopped):
+            raise
+        raise Terminated(
+            f"of its checkpoints {checkpoints.standing()}: run it again to go on"
+        ) from stopped
 
 
 def accompany(
@@ -135,8 +153,10 @@ def _train(
     from tuneline.finetune.arguments import training_arguments, use_kernels
     from tuneline.finetune.batching import batches_of
     from tuneline.finetune.checkpoint import Schedule
+    from tuneline.finetune.memory import loading
     from tuneline.finetune.trainer import ProgressCallback, SupervisedTrainer
 
+    _check_validation(dataset, training)
     if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
         raise TrainingError(
             f"{torch.cuda.device_count()} GPUs are visible to one process: set "
@@ -147,9 +167,10 @@ def _train(
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     rank, world_size = ranks()
     set_seed(training.seed)
-    model, trainable, all_parameters = attach(
-        base, method, method_config, precision=training.precision
-    )
+    with loading(base.path):
+        model, trainable, all_parameters = attach(
+            base, method, method_config, precision=training.precision
+        )
     layout = use_kernels(model, training)
     report(
         f"{method.name}: {trainable:,} trainable of {all_parameters:,} parameters "
@@ -206,10 +227,25 @@ def _train(
         trainer.add_callback(ProgressCallback(step, trainer))
         trainer.run()
     if termination.requested:  # after the last look at it
-        raise Terminated("what is trained is in a checkpoint: run it again to go on")
+        raise Terminated
     if rank == 0:
         _save(model, method, base, output)
     return trainer.state.log_history
+
+
+def _check_validation(dataset: Artifact, training: TrainingSection) -> None:
+    if dataset.read_json("contract.json")["splits"]["validation"]["rows"]:
+        return
+    if training.load_best:
+        what, instead = "load_best", "load_best: false and leave early_stopping_patience unset"
+    elif training.schedule == "reduce_lr_on_plateau":
+        what, instead = f"schedule {training.schedule}", "another schedule"
+    else:
+        return
+    raise TrainingError(
+        f"training.{what} needs validation rows, and the data set has none: raise "
+        f"data.validation_fraction and prepare the data again, or set {instead}"
+    )
 
 
 def attach(
