@@ -33,6 +33,8 @@ kubectl kustomize manifests/overlays/local |
 for deployment in kubeflow/ml-pipeline kubeflow/ml-pipeline-ui tuneline/tuneline-mlflow; do
     "${kubectl[@]}" -n "${deployment%/*}" rollout status "deployment/${deployment#*/}" --timeout 20m
 done
+# the user that steps are in MLflow
+"${kubectl[@]}" -n tuneline wait --for=condition=complete job/tuneline-mlflow-users --timeout 10m
 
 cat << END
 

@@ -102,7 +102,8 @@ def test_steps_have_a_user_who_writes_and_does_not_administer(
         client.log_text(run.info.run_id, "text", "file.txt")
     client.create_registered_model("model-of-steps")
     for name in ("model-of-another-person", "model-of-steps"):
-        version = client.create_model_version(name, f"runs:/{run.info.run_id}/model").version
+        run_id = run.info.run_id
+        version = client.create_model_version(name, f"runs:/{run_id}/model", run_id).version
         client.set_model_version_tag(name, version, "gate", "passed")
         client.set_registered_model_alias(name, "champion", version)
     with pytest.raises(MlflowException, match="Permission denied"):
