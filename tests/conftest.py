@@ -44,6 +44,7 @@ def own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     for name in (
         "MLFLOW_TRACKING_URI",
         "MLFLOW_RUN_ID",
+        "TUNELINE_MLFLOW_TRACKING_URI",
         "TUNELINE_MLFLOW_ARTIFACTS",
         "TUNELINE_CHECKPOINTS",
         "TUNELINE_POOLS",

@@ -29,6 +29,8 @@ def test_the_newest_version_runs_with_the_recipes_parameters(
     assert parameters["rank"] == 4
     assert parameters["base_model"] == "demo"
     assert set(parameters) <= set(found.package.inputs)
+    # KFP's MLflow plugin reads no parameter, and would take an experiment of its own
+    assert run.plugins_input == {"mlflow": {"experiment_name": parameters["experiment"]}}
 
 
 def test_faults_of_a_recipe_are_found_before_the_server_is_asked(
