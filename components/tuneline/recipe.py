@@ -404,7 +404,7 @@ class RetrainSection(Settings):
     else a change waits until one of these holds."""
 
     min_new_rows: int | None = Field(default=None, ge=1)
-    """So many rows more to train on than at the last retraining."""
+    """So many distinct rows to train on that were not there at the last retraining."""
     min_drift: float | None = Field(default=None, gt=0, le=1)
     """The words or lengths of the rows moved this far: Jensen-Shannon distance, 0 to 1."""
     max_champion_age_days: float | None = Field(default=None, gt=0)

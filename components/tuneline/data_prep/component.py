@@ -11,10 +11,14 @@ def prepare_data(
     experiment: str,
     base_model: str,
     data: dict,
+    expected: dict,
     dataset: dsl.Output[dsl.Dataset],
     page: dsl.Output[dsl.HTML],
 ):
-    """Check, render, tokenize, mask and split the rows for one base model."""
+    """Check, render, tokenize, mask and split the rows for one base model.
+
+    expected: what check_retrain has decided on; empty for any data.
+    """
     import shutil
     from pathlib import Path
 
@@ -24,6 +28,7 @@ def prepare_data(
         steps.prepare_data,
         base_model=base_model,
         data=data,
+        expected=expected,
         output=dataset.path,
         run_id=run_id,
         experiment=experiment,
