@@ -51,8 +51,3 @@ CPU: Final[str] = reference("cpu")
 GPU: Final[str] = reference("gpu")
 """Of training and evaluation. All pods of a compiled pipeline have it in `TUNELINE_IMAGE`, and the
 other one in `TUNELINE_CPU_IMAGE`: both are a part of what identifies a training."""
-
-
-def unpinned() -> list[str]:
-    """The references without a digest: what they name can change."""
-    return [found for found in dict.fromkeys((CPU, GPU)) if "@sha256:" not in found]

@@ -116,7 +116,7 @@ def on_cluster(shm: str) -> Place:
     """
 
     def place(task: Any, pool: Pool | None = None) -> None:
-        task.set_caching_options(False)  # docs/decisions/0006-no-kfp-caching.md
+        task.set_caching_options(False)  # docs/decisions/0004-no-kfp-caching.md
         trains = task.name.startswith(_TRAINING_TASK)
         task.set_retry(
             num_retries=TRAINING_RETRIES if trains else RETRIES,
