@@ -51,6 +51,7 @@ def own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
         "TUNELINE_CHECKPOINTS",
         "TUNELINE_POOLS",
         "TUNELINE_RUNNER",
+        "TUNELINE_WEIGHTS",
     ):
         monkeypatch.setenv(name, "")  # so that what a test leaves set is taken back
         monkeypatch.delenv(name)

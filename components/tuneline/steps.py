@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from safetensors import SafetensorError
 
-from tuneline import form, pools, recipe
-from tuneline.artifacts import digest_of
+from tuneline import by_uri, form, pools, recipe
+from tuneline.artifacts import MANIFEST, digest_of
 from tuneline.base_model import cache_dir
 from tuneline.errors import (
     EXIT_FAILED,
@@ -325,9 +325,13 @@ def finetune(
             return
         adapter = train.finetune(base_model, Path(dataset), settings, section, Path(output), step)
         digest = adapter.manifest.inputs["prepared_dataset"]
+        place = by_uri.leave(adapter.path) if run_id else ""
         try:
             step.log_dataset("train", digest, "training")
-            step.log_folder(adapter.path, "adapter")
+            if place:
+                step.log_params({"adapter": place})
+            else:
+                step.log_folder(adapter.path, "adapter")
         except RegistryError as error:  # the adapter is there; a retry would train it again
             report(f"warning: the adapter is not in MLflow: {error}")
 
@@ -354,7 +358,7 @@ def evaluate(
     with _step("evaluate", run_id, experiment, _TORCH) as step:
         result = compare(
             base_model,
-            Path(adapter),
+            by_uri.fetch(Path(adapter)),
             Path(dataset),
             measured,
             conditions,
@@ -392,20 +396,20 @@ def merge(
         eval_report: the adapter's EvalReport, for the model card.
     """
     from tuneline import object_store
-    from tuneline.artifacts import MANIFEST
     from tuneline.merge.merge import merge as merge_adapter
 
     section = recipe.check(recipe.ExportSection, export, source="export")
     with _step("merge", run_id, experiment, _TORCH) as step:
+        trained, *further = [by_uri.fetch(Path(path)) for path in (adapter, *also)]
 
         def write(folder: Path) -> None:
             model = merge_adapter(
                 base_model,
-                Path(adapter),
+                trained,
                 section,
                 folder,
                 step,
-                also=[Path(path) for path in also],
+                also=further,
                 dataset_dir=Path(dataset) if dataset else None,
                 report_dir=Path(eval_report) if eval_report else None,
             )
@@ -417,11 +421,13 @@ def merge(
                 report(f"warning: the merge's card and proof are not in MLflow: {error}")
 
         if object_store.is_remote(output):
-            adapters = [(Path(p) / MANIFEST).read_text(encoding="utf-8") for p in (adapter, *also)]
+            adapters = [(p / MANIFEST).read_text(encoding="utf-8") for p in (trained, *further)]
             key = digest_of([base_model, adapters, section.model_dump(mode="json")])
             object_store.by_way_of(output, cache_dir() / "outgoing", key, write)
         else:
             write(Path(output))
+            if run_id and (place := by_uri.leave(Path(output))):
+                step.log_params({"model": place})
 
 
 def register(
@@ -447,7 +453,7 @@ def register(
             report("not registered: the gate refused the model, and gate.refused is skip")
             return NOT_REGISTERED
         return register_version(
-            Path(model),
+            by_uri.fetch(Path(model)),
             Path(eval_report),
             section.model_name,
             run_id,
@@ -578,6 +584,8 @@ def compare_leg(
         shared = {"MLFLOW_RUN_ID": step.run_id} if isinstance(step, TrackedStep) else {}
         row = run_watched(job, shared)
         step.log_metrics({k: v for k, v in row.items() if isinstance(v, int | float)})
+        if run_id and (Path(adapter) / MANIFEST).is_file():
+            by_uri.leave(Path(adapter))
         if row["status"] == FAILED:
             report(f"{row['leg']} failed: {row['reason']}")
             step.log_params({"failed": row["reason"]})

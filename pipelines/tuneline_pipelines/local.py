@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, TextIO
 
+from tuneline import by_uri
 from tuneline.errors import Terminated, TunelineError
 from tuneline.form import arguments_of
 from tuneline.progress import RECORD_PREFIX, REPORT_PREFIX, TICK_PREFIX, peak_memory_bytes
@@ -240,6 +241,7 @@ def _track_locally(workdir: Path) -> None:
     if not tracking_uri():
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{workdir / 'mlflow.db'}"
         os.environ["TUNELINE_MLFLOW_ARTIFACTS"] = (workdir / "mlflow-artifacts").as_uri()
+    os.environ.pop(by_uri.VARIABLE, None)  # a pod's: here the work folder has all of a run
 
 
 def _run(

@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol
 from kfp import dsl, kubernetes
 from kfp.dsl import PipelineTask
 
+from tuneline import by_uri
 from tuneline.checkpoints_root import ROOT_VARIABLE, remote_root
 from tuneline.finetune.methods import METHODS
 from tuneline.images import CPU, CPU_IMAGE_VARIABLE, GPU
@@ -82,6 +83,7 @@ _SETTINGS: Final = {
     "mlflow_tracking_uri": CLUSTER_URI_VARIABLE,
     "s3_endpoint_url": "AWS_ENDPOINT_URL",
     "s3_region": "AWS_DEFAULT_REGION",
+    "weights_root": by_uri.VARIABLE,
 }
 """Keys of the config map `tuneline` and the variables that they become. None may have a name that
 KFP's MLflow plugin gives a value to: `tuneline lint` says why."""
