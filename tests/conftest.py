@@ -32,7 +32,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--kfp-host", metavar="URL", help="a real KFP instead of the tests' own server"
     )
-    parser.addoption("--kfp-namespace", metavar="NS", help="where that KFP has several users")
+    parser.addoption(
+        "--namespace", "--kfp-namespace", metavar="NS", help="where that KFP has several users"
+    )
     parser.addoption("--mlflow-uri", metavar="URI", help="of the MLflow of that KFP's pods")
     parser.addoption("--pool", metavar="NAME", default="cpu", help="node pool of end-to-end tests")
 
@@ -57,10 +59,12 @@ def own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     for name in (
         "MLFLOW_TRACKING_URI",
         "MLFLOW_RUN_ID",
+        "TUNELINE_MLFLOW_TRACKING_URI",
         "TUNELINE_MLFLOW_ARTIFACTS",
         "TUNELINE_CHECKPOINTS",
         "TUNELINE_POOLS",
         "TUNELINE_RUNNER",
+        "TUNELINE_WEIGHTS",
     ):
         monkeypatch.setenv(name, "")  # so that what a test leaves set is taken back
         monkeypatch.delenv(name)

@@ -428,7 +428,7 @@ class RetrainSection(Settings):
     else a change waits until one of these holds."""
 
     min_new_rows: int | None = Field(default=None, ge=1)
-    """So many rows more to train on than at the last retraining."""
+    """So many distinct rows to train on that were not there at the last retraining."""
     min_drift: float | None = Field(default=None, gt=0, le=1)
     """The words or lengths of the rows moved this far: Jensen-Shannon distance, 0 to 1."""
     max_champion_age_days: float | None = Field(default=None, gt=0)
@@ -650,6 +650,16 @@ def read(path: Path, overrides: Iterable[str] = (), *, exports: bool = True) -> 
     Raises:
         RecipeError: no such file, not YAML, or faults in it.
     """
+    values = apply_overrides(read_values(path), overrides)
+    return resolve(values, source=str(path), exports=exports)
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """What stands in a recipe file; it is not checked yet.
+
+    Raises:
+        RecipeError: no such file, not YAML, or no mapping.
+    """
     import yaml
 
     try:
@@ -664,7 +674,25 @@ def read(path: Path, overrides: Iterable[str] = (), *, exports: bool = True) -> 
         raise RecipeError(str(path), [f"is not YAML: {' '.join(str(error).split())}"]) from error
     if not isinstance(values, dict):
         raise RecipeError(str(path), [f"must be a mapping of sections {', '.join(SECTIONS)}"])
-    return resolve(apply_overrides(values, overrides), source=str(path), exports=exports)
+    return values
+
+
+def with_method(values: Mapping[str, Any], name: str) -> tuple[dict[str, Any], list[str]]:
+    """A recipe's values for another method, and the hyperparameters that it has not.
+
+    What neither method has stays, for the check to find.
+
+    Raises:
+        RecipeError: unknown method.
+    """
+    wanted = method_named(name).config_class.model_fields
+    section = values.get("method")
+    if not isinstance(section, Mapping):
+        return {**values, "method": {"name": name}} if section is None else dict(values), []
+    former = method_named(str(section.get("name", "lora"))).config_class.model_fields
+    dropped = [key for key in section if key in former and key not in wanted]
+    kept = {key: value for key, value in section.items() if key not in dropped}
+    return {**values, "method": {**kept, "name": name}}, dropped
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

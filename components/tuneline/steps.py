@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -21,11 +22,13 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from safetensors import SafetensorError
 
-from tuneline import form, pools, recipe
+from tuneline import by_uri, form, pools, recipe
+from tuneline.artifacts import MANIFEST, digest_of
 from tuneline.base_model import CODE_PIN, cache_dir, is_local
 from tuneline.errors import (
     EXIT_FAILED,
     EXIT_TERMINATED,
+    DataError,
     RecipeError,
     RegistryError,
     Terminated,
@@ -44,6 +47,7 @@ RESOLVED: Final = ("data", "training", "evaluation", "gate", "export", "registry
 """The sections that the steps of a pipeline read."""
 NOT_REGISTERED: Final = 0
 """In place of a version: the gate refused the model, and the recipe says to skip it then."""
+_MOST_FILES: Final = 100
 _TORCH = ("torch", "transformers", "peft")
 
 
@@ -199,10 +203,12 @@ def check_retrain(
     """Check a filled run form, and find out whether there is anything to do.
 
     Returns:
-        The base model, the sections `RESOLVED`, the method, and the decision: what to do, why, the
-        content key, and the version that the same work has given, or 0.
+        The base model, the sections `RESOLVED`, the method, what the data and the base model were
+        (for `prepare_data`, which reads them later), and the decision: what to do, why, the content
+        key, and the version that the same work has given, or 0.
     """
     from tuneline import base_model
+    from tuneline.data_prep.sources import pinned
     from tuneline.retrain import decide, ledger
     from tuneline.retrain.profile import profile_of
 
@@ -214,18 +220,24 @@ def check_retrain(
             raise RegistryError(
                 "retraining needs MLflow, where it finds out what was done: set MLFLOW_TRACKING_URI"
             )
-        profile = profile_of(checked.data)
-        base = base_model.resolve(checked.model.base_model)
-        key = decide.key_of(checked, profile, base.digest)
+        sources = {
+            name: tuple(map(pinned, getattr(checked.data, name)))
+            for name in ("train", "test", "evaluation_sets")
+        }
+        data = checked.data.model_copy(update=sources)
+        profile = profile_of(data)
+        base_key = base_model.content_key(checked.model.base_model)
+        work = decide.work_of(checked, base_key)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / ledger.PROFILE
             path.write_text(json.dumps(profile.as_json()), encoding="utf-8")
             step.log_file(path)
         with mlflow_errors("deciding whether to retrain"):
-            decision = decide.decide(step.client, checked, profile, key, run_id, step.run_id)
+            decision = decide.decide(step.client, checked, profile, work, run_id, step.run_id)
         report(f"{decision.action}: {decision.reason}")
-        resolved = _resolved(checked, step)
-        step.log_params({"decision": decision.action, "reason": decision.reason, "key": key})
+        resolved = _resolved(checked.model_copy(update={"data": data}), step)
+        told = {"decision": decision.action, "reason": decision.reason, "key": decision.key}
+        step.log_params(told)
         step.log_metrics({"train_rows": profile.rows})
     if decision.action == "nothing":
         finish_run(run_id, experiment)
@@ -233,7 +245,35 @@ def check_retrain(
         resolved["model"]["base_model"],
         *(resolved[section] for section in RESOLVED),
         resolved["method"],
-        *(decision.action, decision.reason, key, decision.version),
+        _expected(profile.digests, base_key),
+        *(decision.action, decision.reason, decision.key, decision.version),
+    )
+
+
+def _expected(digests: Mapping[str, str], base_key: str) -> dict[str, Any]:
+    """What `_check_expected` compares. A parameter has a limit of size, and a glob many files."""
+    return {
+        "data": digest_of(dict(sorted(digests.items()))),
+        "files": dict(digests) if len(digests) <= _MOST_FILES else {},
+        # a hub model's reference names its commit, which can't change
+        "base_model": base_key if base_key.startswith("sha256:") else "",
+    }
+
+
+def _check_expected(dataset: Artifact, expected: Mapping[str, Any]) -> None:
+    """Refuse a PreparedDataset of another state of things than was decided on."""
+    found, files = dataset.manifest.inputs, expected["files"]
+    changed = "the data"
+    if digest_of(dict(sorted(found.items()))) == expected["data"]:
+        if expected["base_model"] in ("", dataset.manifest.base_model["digest"]):
+            return
+        changed = "the base model"
+    elif files:
+        names = sorted(n for n in {*found, *files} if found.get(n) != files.get(n))
+        changed = f"the data ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    raise DataError(
+        f"{changed} changed after check_retrain had decided on it, so that this run's content key "
+        "would stand for something else: run the retraining again, it begins with what is there now"
     )
 
 
@@ -246,13 +286,34 @@ def prepare_data(
     *,
     evaluation: Mapping[str, Any] | None = None,
     gate: Mapping[str, Any] | None = None,
+    expected: Mapping[str, Any] | None = None,
 ) -> None:
-    """Raw rows to a PreparedDataset, checked for the evaluation and gate that are to come."""
+    """Raw rows to a PreparedDataset, checked for the evaluation and gate that are to come.
+
+    Args:
+        base_model: whose tokenizer and chat template render the rows.
+        data: values of the recipe's section.
+        output: folder to write.
+        run_id: of the pipeline run.
+        experiment: of the run.
+        evaluation: values of the recipe's section; None if there is none to come.
+        gate: the same.
+        expected: what `check_retrain` found, for data that must not have changed since.
+
+    Raises:
+        DataError: a source can't be read, the contract is broken, or the data changed.
+    """
     from tuneline.data_prep.prepare import CONTRACT, PAGE, prepare
 
     with _step("prepare_data", run_id, experiment, ("transformers",)) as step:
         section = recipe.check(recipe.DataSection, data, source="data")
         dataset = prepare(base_model, section, Path(output), step)
+        if expected:
+            try:
+                _check_expected(dataset, expected)
+            except DataError:
+                shutil.rmtree(output)
+                raise
         contract = dataset.read_json(CONTRACT)
         for split, counts in contract["splits"].items():
             step.log_metrics({f"{split}_rows": counts["rows"], f"{split}_tokens": counts["tokens"]})
@@ -313,9 +374,13 @@ def finetune(
             return
         adapter = train.finetune(base_model, Path(dataset), settings, section, Path(output), step)
         digest = adapter.manifest.inputs["prepared_dataset"]
+        place = by_uri.leave(adapter.path) if run_id else ""
         try:
             step.log_dataset("train", digest, "training")
-            step.log_folder(adapter.path, "adapter")
+            if place:
+                step.log_params({"adapter": place})
+            else:
+                step.log_folder(adapter.path, "adapter")
         except RegistryError as error:  # the adapter is there; a retry would train it again
             report(f"warning: the adapter is not in MLflow: {error}")
 
@@ -342,7 +407,7 @@ def evaluate(
     with _step("evaluate", run_id, experiment, _TORCH) as step:
         result = compare(
             base_model,
-            Path(adapter),
+            by_uri.fetch(Path(adapter)),
             Path(dataset),
             measured,
             conditions,
@@ -380,20 +445,20 @@ def merge(
         eval_report: the adapter's EvalReport, for the model card.
     """
     from tuneline import object_store
-    from tuneline.artifacts import MANIFEST, digest_of
     from tuneline.merge.merge import merge as merge_adapter
 
     section = recipe.check(recipe.ExportSection, export, source="export")
     with _step("merge", run_id, experiment, _TORCH) as step:
+        trained, *further = [by_uri.fetch(Path(path)) for path in (adapter, *also)]
 
         def write(folder: Path) -> None:
             model = merge_adapter(
                 base_model,
-                Path(adapter),
+                trained,
                 section,
                 folder,
                 step,
-                also=[Path(path) for path in also],
+                also=further,
                 dataset_dir=Path(dataset) if dataset else None,
                 report_dir=Path(eval_report) if eval_report else None,
             )
@@ -405,11 +470,13 @@ def merge(
                 report(f"warning: the merge's card and proof are not in MLflow: {error}")
 
         if object_store.is_remote(output):
-            adapters = [(Path(p) / MANIFEST).read_text(encoding="utf-8") for p in (adapter, *also)]
+            adapters = [(p / MANIFEST).read_text(encoding="utf-8") for p in (trained, *further)]
             key = digest_of([base_model, adapters, section.model_dump(mode="json")])
             object_store.by_way_of(output, cache_dir() / "outgoing", key, write)
         else:
             write(Path(output))
+            if run_id and (place := by_uri.leave(Path(output))):
+                step.log_params({"model": place})
 
 
 def register(
@@ -435,7 +502,7 @@ def register(
             report("not registered: the gate refused the model, and gate.refused is skip")
             return NOT_REGISTERED
         return register_version(
-            Path(model),
+            by_uri.fetch(Path(model)),
             Path(eval_report),
             section.model_name,
             run_id,
@@ -566,6 +633,8 @@ def compare_leg(
         shared = {"MLFLOW_RUN_ID": step.run_id} if isinstance(step, TrackedStep) else {}
         row = run_watched(job, shared)
         step.log_metrics({k: v for k, v in row.items() if isinstance(v, int | float)})
+        if run_id and (Path(adapter) / MANIFEST).is_file():
+            by_uri.leave(Path(adapter))
         if row["status"] == FAILED:
             report(f"{row['leg']} failed: {row['reason']}")
             step.log_params({"failed": row["reason"]})

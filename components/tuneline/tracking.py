@@ -1,8 +1,11 @@
 """The only module that writes MLflow runs.
 
-The run tree looks the same everywhere: a parent run per pipeline run, a child per step.
+The run tree looks the same everywhere: a parent run per pipeline run, a child per step, both found
+by their tags `kfp.run_id` and `kfp.task`.
 
 1. `MLFLOW_RUN_ID` is set (KFP's MLflow plugin made the runs): that run is resumed, none is created.
+   It gets the step's name, tags and status, and hangs directly below the pipeline's run: the plugin
+   puts a run of its own between them for each condition and loop, which stays there, empty.
 2. Else the parent is found by its tag `kfp.run_id`, or created, and the step's child by its tag
    `kfp.task`: a retried step goes on in its run.
 3. A step outside of a pipeline (no run id) is not tracked.
@@ -44,9 +47,17 @@ _FAILED_PATIENCE_SECONDS: Final = 5.0
 PARAM_PREFIX: Final = "tuneline."
 RUN_TAG: Final = "kfp.run_id"
 TASK_TAG: Final = "kfp.task"
+_PIPELINE_TASK: Final = "pipeline"
+"""What that tag holds of a parent run."""
+_PARENT_TAG: Final = "mlflow.parentRunId"
 _PARAM_LENGTH: Final = 6000
 _KEY_LENGTH: Final = 250
 _NOT_IN_A_KEY: Final = re.compile(r"[^\w./ -]")
+URI_VARIABLE: Final = "MLFLOW_TRACKING_URI"
+CLUSTER_URI_VARIABLE: Final = "TUNELINE_MLFLOW_TRACKING_URI"
+"""What a package sets, from the config map. KFP's MLflow plugin puts the other one into a container
+as a value; an entry of the same name that refers to a config map would be merged with it, and
+Kubernetes refuses a pod whose variable has both."""
 
 
 class Step(Protocol):
@@ -419,7 +430,7 @@ def mlflow_errors(doing: str) -> Iterator[None]:
                 f"MLflow at {safe_uri()} refused the credentials ({doing}): set "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
             ) from error
-        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+        uri = tracking_uri()
         text = " ".join(str(error).replace(uri, safe_uri()).split())
         login = uri.partition("://")[2].partition("/")[0].rpartition("@")[0]
         if password := login.partition(":")[2]:
@@ -427,16 +438,20 @@ def mlflow_errors(doing: str) -> Iterator[None]:
         raise RegistryError(f"MLflow at {safe_uri()}: {doing}: {text[:500]}") from error
 
 
+def tracking_uri() -> str:
+    """Of the MLflow server: `MLFLOW_TRACKING_URI`, else the cluster's own; empty for none."""
+    return os.environ.get(URI_VARIABLE) or os.environ.get(CLUSTER_URI_VARIABLE, "")
+
+
 def open_client() -> MlflowClient:
-    """A client of `MLFLOW_TRACKING_URI`.
+    """A client of `tracking_uri`.
 
     Raises:
         RegistryError: the variable is not set, or names no store that MLflow can open.
     """
     import logging
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
+    if not (uri := tracking_uri()):
         raise RegistryError(
             "no MLflow server is named: set MLFLOW_TRACKING_URI, for example to "
             "sqlite:///mlflow.db or https://mlflow.example.com"
@@ -541,11 +556,38 @@ def _run_of_step(
     client: MlflowClient, run_id: str, task: str, experiment: str, pipeline: str
 ) -> tuple[str, str | None]:
     if injected := os.environ.get("MLFLOW_RUN_ID"):
+        _resume(client, injected, run_id, task)
         return injected, None
     experiment_id = _experiment_id(client, experiment)
     parent = _find_or_create(client, experiment_id, run_id, None, None, pipeline)
-    client.update_run(parent, "RUNNING")  # an earlier try may have failed it
-    return _find_or_create(client, experiment_id, run_id, task, parent), parent
+    step = _find_or_create(client, experiment_id, run_id, task, parent)
+    for run in (parent, step):  # an earlier try may have failed them
+        client.update_run(run, "RUNNING")
+    return step, parent
+
+
+def _resume(client: MlflowClient, injected: str, run_id: str, task: str) -> None:
+    """Make a run of KFP's plugin look like one of ours; the plugin ends it, and finds it by its id.
+
+    It is named after the task in the pipeline, has no tags, and is FAILED where an earlier try was.
+    """
+    known = client.get_run(injected)
+    root = known
+    while parent := root.data.tags.get(_PARENT_TAG):
+        root = client.get_run(parent)
+    tags = {RUN_TAG: run_id, TASK_TAG: task}
+    if root is not known:
+        tags[_PARENT_TAG] = root.info.run_id
+        _set_tags(client, root, {RUN_TAG: run_id, TASK_TAG: _PIPELINE_TASK})
+    _set_tags(client, known, tags)
+    if (known.info.run_name, known.info.status) != (task, "RUNNING"):
+        client.update_run(injected, "RUNNING", task)
+
+
+def _set_tags(client: MlflowClient, run: Any, tags: Mapping[str, str]) -> None:
+    for key, value in tags.items():
+        if run.data.tags.get(key) != value:
+            client.set_tag(run.info.run_id, key, value)
 
 
 def _experiment_id(client: MlflowClient, name: str) -> str:
@@ -572,21 +614,21 @@ def _find_or_create(
     parent: str | None,
     pipeline: str = "finetune",
 ) -> str:
-    task_tag = task or "pipeline"
+    task_tag = task or _PIPELINE_TASK
     query = f"tags.`{RUN_TAG}` = '{run_id}' and tags.`{TASK_TAG}` = '{task_tag}'"
     found = client.search_runs([experiment_id], query, max_results=1)
     if found:
         return found[0].info.run_id
     tags = {RUN_TAG: run_id, TASK_TAG: task_tag}
     if parent:
-        tags["mlflow.parentRunId"] = parent
+        tags[_PARENT_TAG] = parent
     name = task or f"{pipeline}-{run_id[:8]}"
     return client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
 
 
 def safe_uri() -> str:
-    """`MLFLOW_TRACKING_URI` without user and password."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    """The server's URI without user and password."""
+    uri = tracking_uri()
     # by hand: putting sqlite:////path together again would lose its slashes, and not every text is
     # a URI
     scheme, separator, rest = uri.partition("://")

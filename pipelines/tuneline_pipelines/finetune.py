@@ -60,6 +60,7 @@ def build(place: Place, method: Method, *, default_pool: str) -> dsl.base_compon
             data=checked.outputs["data"],
             evaluation=checked.outputs["evaluation"],
             gate=checked.outputs["gate"],
+            expected={},
         ).after(pool)
         tuned = finetune_with_method(
             **shared,

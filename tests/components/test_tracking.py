@@ -1,4 +1,4 @@
-"""MLflow's errors become one sentence that tells no password."""
+"""One run tree wherever a step runs; MLflow's errors become one sentence that tells no password."""
 
 import time
 from contextlib import suppress
@@ -10,6 +10,7 @@ import pytest
 from tuneline.errors import RegistryError
 from tuneline.tracking import (
     TrackedStep,
+    finish_run,
     mlflow_errors,
     mlflow_key,
     open_client,
@@ -167,3 +168,116 @@ def test_a_run_that_was_deleted_ends_no_step_and_holds_up_no_later_one(
         step.log_metrics({"score": 1.0})
     assert history(client, "evaluate", "score") == [0]
     assert "warning" not in capsys.readouterr().out
+
+
+class Plugin:
+    """KFP 2.17's MLflow plugin, by the calls that its source makes: a run for the pipeline's run,
+    one for each condition and loop when its driver ends, and one for each task."""
+
+    def __init__(self, client: Any, experiment: str) -> None:
+        self._client = client
+        self._experiment = client.create_experiment(experiment)
+        tags = {"kfp.pipeline_run_id": "run", "kfp.pipeline_run_url": "http://kfp/run"}
+        self.root = self._make("retrain 2026-11-27", tags)
+
+    def _make(self, name: str, tags: dict[str, str]) -> str:
+        return self._client.create_run(self._experiment, tags=tags, run_name=name).info.run_id
+
+    def group(self, name: str, parent: str) -> str:
+        run = self._make(name, {"mlflow.parentRunId": parent})
+        self._client.set_terminated(run, "FINISHED")
+        return run
+
+    def task(self, name: str, parent: str) -> str:
+        return self._make(name, {"mlflow.parentRunId": parent})
+
+    def end(self, run: str, status: str) -> None:
+        self._client.set_terminated(run, status)
+
+
+def tree_of(client: Any, experiment: str) -> dict[str, tuple[str, str, str]]:
+    """Task -> the name of its run, its parent's task, its status."""
+    found = client.get_experiment_by_name(experiment)
+    runs = {run.info.run_id: run for run in client.search_runs([found.experiment_id])}
+    tasks = {i: run.data.tags["kfp.task"] for i, run in runs.items() if "kfp.task" in run.data.tags}
+    assert {runs[i].data.tags["kfp.run_id"] for i in tasks} == {"run"}
+    return {
+        task: (
+            # that of the pipeline's run is KFP's where KFP made it
+            runs[i].info.run_name if task != "pipeline" else "",
+            tasks.get(runs[i].data.tags.get("mlflow.parentRunId", ""), ""),
+            runs[i].info.status,
+        )
+        for i, task in tasks.items()
+    }
+
+
+STEPS = ("check_retrain", "prepare_data", "finetune_lora")
+
+
+def test_the_run_tree_is_the_same_with_and_without_kfps_plugin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("TUNELINE_MLFLOW_ARTIFACTS", (tmp_path / "artifacts").as_uri())
+    client = mlflow.MlflowClient(uri)
+    # locally, and on a cluster without the plugin, where the config map names the server
+    for experiment, variable in (
+        ("local", "MLFLOW_TRACKING_URI"),
+        ("cluster", "TUNELINE_MLFLOW_TRACKING_URI"),
+    ):
+        with monkeypatch.context() as environment:
+            environment.setenv(variable, uri)
+            for task in STEPS:
+                with tracked("run", task, experiment=experiment) as step:
+                    step.log_params({"of": task})
+            finish_run("run", experiment)
+    plugin = Plugin(client, "plugin")
+    outer = plugin.group("train", plugin.root)
+    inner = plugin.group("for-loop-1", outer)
+    parents = {"check_retrain": plugin.root, "prepare_data": outer, "finetune_lora": inner}
+    for task, parent in parents.items():
+        injected = plugin.task(task.replace("_", "-"), parent)
+        with monkeypatch.context() as environment:
+            environment.setenv("MLFLOW_RUN_ID", injected)
+            environment.setenv("MLFLOW_TRACKING_URI", uri)
+            environment.setenv("TUNELINE_MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+            with tracked("run", task, experiment="another") as step:
+                step.log_params({"of": task})
+            finish_run("run", "another")
+        plugin.end(injected, "FINISHED")
+    plugin.end(plugin.root, "FINISHED")
+    trees = {name: tree_of(client, name) for name in ("local", "cluster", "plugin")}
+    assert trees["local"] == trees["cluster"] == trees["plugin"]
+    assert trees["plugin"] == {
+        "pipeline": ("", "", "FINISHED"),
+        **{task: (task, "pipeline", "FINISHED") for task in STEPS},
+    }
+    assert client.get_experiment_by_name("another") is None
+
+
+@pytest.mark.parametrize("plugin_is_on", [True, False])
+def test_a_step_that_is_tried_again_is_running_while_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugin_is_on: bool
+) -> None:
+    import mlflow
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("TUNELINE_MLFLOW_ARTIFACTS", (tmp_path / "artifacts").as_uri())
+    client = mlflow.MlflowClient(uri)
+    if plugin_is_on:
+        plugin = Plugin(client, "here")
+        injected = plugin.task("finetune-lora", plugin.root)
+        monkeypatch.setenv("MLFLOW_RUN_ID", injected)
+        plugin.end(injected, "FAILED")  # by the launcher, after the first try
+    else:
+        with suppress(KeyboardInterrupt), tracked("run", "finetune_lora", experiment="here"):
+            raise KeyboardInterrupt
+        assert tree_of(client, "here")["finetune_lora"][2] == "FAILED"
+    with tracked("run", "finetune_lora", experiment="here"):
+        during = tree_of(client, "here")
+    assert during["finetune_lora"] == ("finetune_lora", "pipeline", "RUNNING")
+    assert during["pipeline"][2] == "RUNNING"

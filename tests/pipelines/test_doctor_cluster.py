@@ -148,7 +148,7 @@ def test_what_is_looked_for_is_what_the_packages_refer_to(folder: Path) -> None:
     ]
     assert found.pools_files == {resources.POOLS: "pools.yaml"}
     assert found.labels == {resources.QUEUE_LABEL: resources.QUEUE}
-    assert found.config_maps["tuneline"]["mlflow_tracking_uri"] == "MLFLOW_TRACKING_URI"
+    assert found.config_maps["tuneline"]["mlflow_tracking_uri"] == "TUNELINE_MLFLOW_TRACKING_URI"
     assert found.secrets["tuneline-mlflow"]["password"] == "MLFLOW_TRACKING_PASSWORD"
     assert found.pools == ["gpu", "cpu"]
 

@@ -13,12 +13,16 @@ def prepare_data(
     experiment: str,
     base_model: str,
     data: dict,
+    expected: dict,
     dataset: dsl.Output[dsl.Dataset],
     page: dsl.Output[dsl.HTML],
     evaluation: Optional[dict] = None,
     gate: Optional[dict] = None,
 ):
-    """Check, render, tokenize, mask and split the rows for one base model and its evaluation."""
+    """Check, render, tokenize, mask and split the rows for one base model and its evaluation.
+
+    expected: what check_retrain has decided on; empty for any data.
+    """
     import shutil
     from pathlib import Path
 
@@ -30,6 +34,7 @@ def prepare_data(
         data=data,
         evaluation=evaluation,
         gate=gate,
+        expected=expected,
         output=dataset.path,
         run_id=run_id,
         experiment=experiment,

@@ -504,18 +504,39 @@ _READERS: Final = {
 }
 
 
-def _hub(source: Source, digests: dict[str, str]) -> Iterator[Block]:
+def pinned(source: Source) -> Source:
+    """The same source, a hub's data set at the commit that its branch or tag names now.
+
+    Raises:
+        DataError: the hub does not say which.
+    """
     repository, _, revision = source.path.removeprefix(_HUB).partition("@")
+    if not source.path.startswith(_HUB) or _COMMIT.fullmatch(revision):
+        return source
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        commit = HfApi().dataset_info(repository, revision=revision or None).sha or ""
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        raise DataError(
+            f"data set {source.path}: the hub does not say which commit that is: "
+            f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+        ) from error
+    return source.model_copy(update={"path": f"{_HUB}{repository}@{commit}"})
+
+
+def _hub(source: Source, digests: dict[str, str]) -> Iterator[Block]:
+    repository = source.path.removeprefix(_HUB).partition("@")[0]
     if not re.fullmatch(r"[\w.\-]+/[\w.\-]+", repository):
         raise DataError(f"data set {source.path} is not of the form {_HUB}org/name[@revision]")
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    # a branch or tag may move while it is read
+    revision = pinned(source).path.rpartition("@")[2]
     try:
-        if not _COMMIT.fullmatch(revision):  # a branch or tag may move while it is read
-            revision = HfApi().dataset_info(repository, revision=revision or None).sha or ""
         rows: Any = load_dataset(
             repository,
             name=source.config or None,

@@ -15,13 +15,13 @@ from tuneline.base_model import HUB_SCHEME
 from tuneline.checkpoints_root import ROOT_VARIABLE
 from tuneline.errors import did_you_mean
 from tuneline.pools import Pools
+from tuneline.tracking import CLUSTER_URI_VARIABLE
 from tuneline_pipelines.doctor import mlflow_plugin
 from tuneline_pipelines.doctor.cluster import Cluster, Denied, names, shown
 from tuneline_pipelines.doctor.finding import Finding, error, ok, warning
 from tuneline_pipelines.doctor.mlflow_plugin import Plugin
 from tuneline_pipelines.doctor.needs import Needs
 
-TRACKING: Final = "MLFLOW_TRACKING_URI"
 PLUGIN: Final = "KFP's MLflow plugin"
 _ENDPOINT: Final = "AWS_ENDPOINT_URL"
 _LOGIN: Final = "MLFLOW_TRACKING_USERNAME"
@@ -117,7 +117,7 @@ def config_maps(
         by_plugin = isinstance(plugin, Plugin) and bool(plugin.endpoint)
         if found is None:
             text = f"not there, and the pods take {', '.join(keys.values())} from it"
-            if by_plugin and TRACKING in keys.values():
+            if by_plugin and CLUSTER_URI_VARIABLE in keys.values():
                 yield warning(title, text, "KFP's MLflow plugin sets MLflow's address alone")
             else:
                 yield error(
@@ -138,22 +138,28 @@ def config_maps(
             value = data.get(key, "")
             if value != value.strip():
                 yield error(f"{title}, key {key}", "white space around the value", "remove it")
-            elif variable == TRACKING and not value:
+            elif variable == CLUSTER_URI_VARIABLE and not value:
                 state, what = error, "the pods know no MLflow"
                 if by_plugin:
-                    state, what = warning, "the pods have KFP's MLflow plugin's only"
+                    state, what = (
+                        warning,
+                        "scheduled runs know no MLflow: KFP's plugin serves others",
+                    )
                 elif isinstance(plugin, Unknown):
                     what += ", unless KFP's MLflow plugin sets it, which can't be told"
                 yield state(
                     f"{title}, key {key}", f"not there: {what}", "set it to the server's address"
                 )
-            elif variable == TRACKING and "@" in value.partition("://")[2].partition("/")[0]:
+            elif (
+                variable == CLUSTER_URI_VARIABLE
+                and "@" in value.partition("://")[2].partition("/")[0]
+            ):
                 yield error(
                     f"{title}, key {key}",
                     f"{shown(value)} with a login in it",
                     "move the login into the secret: everybody reads config maps",
                 )
-            elif variable == TRACKING and value.startswith(("sqlite:", "file:", "/")):
+            elif variable == CLUSTER_URI_VARIABLE and value.startswith(("sqlite:", "file:", "/")):
                 yield error(
                     f"{title}, key {key}",
                     f"{shown(value)}: each pod would have one of its own",
@@ -236,7 +242,7 @@ def _without_login(
     create: str,
     plugin: Plugin | Unknown | None,
 ) -> Finding:
-    uri = shown(values.get(TRACKING, ""))
+    uri = shown(values.get(CLUSTER_URI_VARIABLE, ""))
     if isinstance(plugin, Plugin) and plugin.keys:
         return ok(
             title, f"not there; KFP's MLflow plugin hands {mlflow_plugin.SECRET} to the steps"

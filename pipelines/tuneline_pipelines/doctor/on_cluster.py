@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tuneline.errors import TunelineError, UsageError
+from tuneline.tracking import CLUSTER_URI_VARIABLE
 from tuneline_pipelines import packages
 from tuneline_pipelines.connection import Connection
 from tuneline_pipelines.doctor import (
@@ -163,7 +164,7 @@ def _checks(cluster: Cluster, needed: needs.Needs, place: Place) -> Iterator[tup
 
     def mlflow() -> Iterator[Finding]:
         known.values = objects.settings(cluster, needed)
-        if uri := known.values.get(objects.TRACKING):
+        if uri := known.values.get(CLUSTER_URI_VARIABLE):
             answer = mlflow_service.look(cluster, uri)
             known.wants_login = answer.wants_login
             yield from answer.findings
