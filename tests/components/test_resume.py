@@ -16,7 +16,8 @@ from tuneline.data_prep.prepare import prepare
 from tuneline.errors import Terminated, TrainingError
 from tuneline.finetune.arguments import training_arguments
 from tuneline.finetune.batching import collate
-from tuneline.finetune.checkpoint import MARKER, Checkpoints, Schedule, save_trainable
+from tuneline.finetune.checkpoint import Checkpoints, Schedule, save_trainable
+from tuneline.finetune.checkpoint_store import MARKER
 from tuneline.finetune.methods.lora import METHOD, LoraSettings, attach
 from tuneline.finetune.train import finetune
 from tuneline.finetune.trainer import SupervisedTrainer
@@ -194,7 +195,7 @@ def test_a_schedule_by_validation_loss_steps_at_the_evaluation_that_a_run_resume
 ) -> None:
     how = {**DIVERGING, "schedule": "reduce_lr_on_plateau", "early_stopping_patience": None}
     whole = runs.run(None, **how)
-    rates = {e["step"]: e["learning_rate"] for e in whole.state.log_history if "loss" in e}
+    rates = {int(e["step"]): e["learning_rate"] for e in whole.state.log_history if "loss" in e}
     assert rates[1] == how["learning_rate"]
     halved = min(step for step, rate in rates.items() if rate < rates[1])
     assert rates[halved] == rates[1] / 2
@@ -250,14 +251,14 @@ def test_a_lost_best_checkpoint_costs_a_warning_and_not_the_run(
             (path / MARKER).unlink()
         survivor = next(step for _, step in ranked if step not in (best, last))
         capsys.readouterr()
+        model = trainer.model
+        assert model is not None
+        weight = next(p for p in model.parameters() if p.requires_grad)
         if another_survives:
             with torch.no_grad():
-                weight = next(p for p in trainer.model.parameters() if p.requires_grad)
                 before = weight.clone()
                 weight.fill_(0.125)
-                checkpoints.write(
-                    survivor, {}, lambda folder: save_trainable(trainer.model, folder), best
-                )
+                checkpoints.write(survivor, {}, lambda folder: save_trainable(model, folder), best)
                 weight.copy_(before)
         trainer._take_best()
         output = capsys.readouterr().out
