@@ -1,6 +1,7 @@
 """Memory that does not suffice names what was too much, and a figure that would fit."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_what_is_held_throughout_counts_gradients_and_moments_of_what_trains() -
     assert memory.static_bytes(model) == 100 * 4 + 100 * (4 + 4 + 8)
 
 
-def sentence(model: nn.Module, limit: int, **changes) -> str:
+def sentence(model: nn.Module, limit: int, **changes: Any) -> str:
     options = {
         "tokens": 4096,
         "longest_row": 256,
@@ -112,4 +113,4 @@ def test_a_base_model_that_does_not_fit_says_how_large_it_is(tiny_model: Path) -
     ):
         torch.empty(2**50)
     with pytest.raises(RuntimeError, match="mat1 and mat2"), memory.loading(tiny_model):
-        torch.ones(2, 3) @ torch.ones(2, 3)
+        torch.mm(torch.ones(2, 3), torch.ones(2, 3))
