@@ -61,8 +61,8 @@ def generate_answers(
     """
     import torch
 
-    if read is None:
-        read = partial(tokenizer.decode, skip_special_tokens=True)
+    text_of: Any = read or partial(tokenizer.decode, skip_special_tokens=True)
+    bos: Any = tokenizer.bos_token_id
 
     model.eval()
     device = next(model.parameters()).device
@@ -73,7 +73,7 @@ def generate_answers(
         context -= virtual
     whole = [len(ids) for ids in encoded]
     if cut_prompts:
-        encoded = [fitted(ids, context, max_new_tokens, tokenizer.bos_token_id) for ids in encoded]
+        encoded = [fitted(ids, context, max_new_tokens, bos) for ids in encoded]
     lengths = [len(ids) for ids in encoded]
     check_room(lengths, context)
     ends = end_tokens(model.generation_config, tokenizer)
@@ -109,7 +109,7 @@ def generate_answers(
             )
         for row, ids in zip(rows, output[:, width:].tolist(), strict=True):
             kept = until_end(ids, ends)
-            answers[row] = Generated(read(kept), len(kept) < len(ids), lengths[row] < whole[row])
+            answers[row] = Generated(text_of(kept), len(kept) < len(ids), lengths[row] < whole[row])
         done += len(rows)
         on_batch(done, len(prompts))
     return [answer for answer in answers if answer is not None]
