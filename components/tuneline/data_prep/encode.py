@@ -28,7 +28,7 @@ from importlib.metadata import version
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from tuneline.artifacts import digest_of
 from tuneline.base_model import cache_dir
@@ -429,7 +429,7 @@ def _readable_rows(table: Any, plan: Plan, counts: Counter[str]) -> list[Any]:
 
     A row is unusable if such a value is of a column that it is made from; others are left out.
     """
-    mapped: Mapping[Any, str] = plan.source.columns
+    mapped = cast("Mapping[str, str]", plan.source.columns)
     needed = {mapped.get(name, name) for name in FORMAT_COLUMNS} | {plan.group_by}
     rows: list[Any] = [{} for _ in range(table.num_rows)]
     for name, column in zip(table.column_names, table.columns, strict=True):
