@@ -311,16 +311,13 @@ class Encoder:
             columns.tokens.append(sum(len(p.input_ids) for p in learnable))
             columns.supervised.append(sum(e - s for p in learnable for s, e in p.spans))
             columns.longest.append(max(len(p.input_ids) for p in learnable))
+            ends = [
+                p.input_ids[e - 1] in plan.format.stop_ids for p in learnable for _, e in p.spans
+            ]
+            columns.ends.append(sum(ends))
             # a turn that is split over several pieces is one
-            turns = whole if overflow == "split" else learnable
-            columns.turns.append(sum(len(p.spans) for p in turns))
-            columns.ends.append(
-                sum(
-                    p.input_ids[e - 1] in plan.format.stop_ids
-                    for p in learnable
-                    for _, e in p.spans
-                )
-            )
+            turns = sum(len(t.spans) for t in whole) if overflow == "split" else len(ends)
+            columns.turns.append(turns)
             columns.test_row.append(
                 self._test_row(record, rendered[-1], len(whole[-1].input_ids))
                 if split == "test" and plan.role != "evaluation"
