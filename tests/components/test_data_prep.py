@@ -351,8 +351,8 @@ def test_the_prompt_of_a_test_row_is_cut_as_its_tokens_are(
         lengths[prompt + answer <= 64] += 1
         if rule != "truncate_right" and answer < 60:
             assert prompt + answer == 64
-            text = tokenizer.decode(row.input_ids, skip_special_tokens=False)
-            assert text.startswith(row.prompt)
+            text = tokenizer.decode(list(row.input_ids), skip_special_tokens=False)
+            assert str(text).startswith(row.prompt)
     assert lengths[False] or rule != "split"
 
 

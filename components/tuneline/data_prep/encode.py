@@ -29,7 +29,7 @@ from importlib.metadata import version
 from importlib.resources import files
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from tuneline.artifacts import digest_of
 from tuneline.base_model import cache_dir
@@ -314,16 +314,13 @@ class Encoder:
             columns.tokens.append(sum(len(p.input_ids) for p in learnable))
             columns.supervised.append(sum(e - s for p in learnable for s, e in p.spans))
             columns.longest.append(max(len(p.input_ids) for p in learnable))
+            ends = [
+                p.input_ids[e - 1] in plan.format.stop_ids for p in learnable for _, e in p.spans
+            ]
+            columns.ends.append(sum(ends))
             # a turn that is split over several pieces is one
-            turns = whole if overflow == "split" else learnable
-            columns.turns.append(sum(len(p.spans) for p in turns))
-            columns.ends.append(
-                sum(
-                    p.input_ids[e - 1] in plan.format.stop_ids
-                    for p in learnable
-                    for _, e in p.spans
-                )
-            )
+            turns = sum(len(t.spans) for t in whole) if overflow == "split" else len(ends)
+            columns.turns.append(turns)
             columns.test_row.append(
                 self._test_row(record, rendered[-1], len(whole[-1].input_ids))
                 if split == "test" and plan.role != "evaluation"
@@ -432,7 +429,7 @@ def _readable_rows(table: Any, plan: Plan, counts: Counter[str]) -> list[Any]:
 
     A row is unusable if such a value is of a column that it is made from; others are left out.
     """
-    mapped: Mapping[Any, str] = plan.source.columns
+    mapped = cast("Mapping[str, str]", plan.source.columns)
     needed = {mapped.get(name, name) for name in FORMAT_COLUMNS} | {plan.group_by}
     rows: list[Any] = [{} for _ in range(table.num_rows)]
     for name, column in zip(table.column_names, table.columns, strict=True):

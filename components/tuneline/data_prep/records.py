@@ -299,7 +299,7 @@ _COLUMNS: Final = {
     "prompt_completion": {"prompt", "completion", "system", "tools"},
     "text": {"text"},
 }
-FORMAT_COLUMNS: Final = frozenset().union(*_COLUMNS.values(), _MEDIA, ("id",))
+FORMAT_COLUMNS: Final[frozenset[str]] = frozenset().union(*_COLUMNS.values(), _MEDIA, ("id",))
 """All that a row may be made from."""
 
 
