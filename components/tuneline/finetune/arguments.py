@@ -16,7 +16,7 @@ from tuneline.errors import TrainingError
 from tuneline.finetune.batching import Layout
 from tuneline.finetune.load import compute_dtype
 from tuneline.finetune.methods import Method
-from tuneline.recipe import TrainingSection
+from tuneline.recipe import TrainingSection, check_sharding
 
 _LAST_FRACTION: Final = 0.1
 """Of the steps for the decay of `warmup_stable_decay`, and of the peak for the least learning rate
@@ -24,7 +24,13 @@ of `cosine_with_min_lr`."""
 
 
 def training_arguments(
-    training: TrainingSection, method: Method, *, steps: int, validates: bool, output_dir: Path
+    training: TrainingSection,
+    method: Method,
+    *,
+    steps: int,
+    validates: bool,
+    output_dir: Path,
+    sharded: bool = False,
 ) -> TrainingArguments:
     """What transformers' loop is told.
 
@@ -34,6 +40,7 @@ def training_arguments(
         steps: of the optimizer, in the whole run.
         validates: whether there is a validation loader.
         output_dir: an empty folder that transformers makes; nothing is left in it.
+        sharded: as `shards` says.
     """
     assert training.learning_rate is not None
     accelerated = torch.cuda.is_available()
@@ -64,6 +71,8 @@ def training_arguments(
         use_cpu=not accelerated,
         dataloader_pin_memory=accelerated,
         remove_unused_columns=False,
+        # of every micro-batch when divided: gradients that wait for the last one would be whole
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": sharded}},
     )
 
 
@@ -82,6 +91,16 @@ def training_dtype(training: TrainingSection) -> torch.dtype:
             "here (CPUs lose by it): use auto or fp32, or another gpu_pool"
         )
     return dtype
+
+
+def shards(training: TrainingSection, method: Method, *, processes: int) -> bool:
+    """Whether the model is divided over the processes.
+
+    Raises:
+        RecipeError: that was asked for with a method that trains little beside a frozen base.
+    """
+    check_sharding(method, training, source="training")
+    return processes > 1 and method.stored_as == "model" and training.sharding != "none"
 
 
 def has_liger() -> bool:

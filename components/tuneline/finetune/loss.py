@@ -88,8 +88,7 @@ def _chunked(
         del output
         # in place of the logits: the loss leaves through every wrapper of the model that way, and
         # a sharded weight is whole here
-        loss = _ChunkedNll.apply(picked.pop(), linear.weight, linear.bias, targets)
-        return loss.view(1, 1, 1)
+        return _ChunkedNll.apply(picked.pop(), linear.weight, linear.bias, targets)
 
     with layer.register_forward_pre_hook(take_hidden), layer.register_forward_hook(give_loss):
         return model(**inputs, use_cache=False).logits.view(())
@@ -98,7 +97,7 @@ def _chunked(
 class _ChunkedNll(torch.autograd.Function):
     """Summed cross-entropy of a linear layer's logits; gradients are made in the forward pass.
 
-    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) -> scalar, in fp32.
+    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) -> (1, 1, 1), in fp32.
     """
 
     @staticmethod
@@ -106,7 +105,7 @@ class _ChunkedNll(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     ) -> Tensor:
         of_hidden, of_weight, of_bias, _ = ctx.needs_input_grad
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        total = torch.zeros((1, 1, 1), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if of_hidden else None
         # a sum over chunks would lose what bf16 can't hold
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
@@ -139,7 +138,7 @@ class _ChunkedNll(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator has no types
-        (grad,) = grad_outputs
+        grad = grad_outputs[0].view(())
         of_hidden, of_weight, of_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         return (
@@ -181,7 +180,8 @@ def held_out_nll(model: nn.Module, batches: Iterable[dict[str, Any]]) -> tuple[f
     model.eval()
     total, count = 0.0, 0
     try:
-        with torch.inference_mode():
+        # sharded weights that were first gathered in inference mode could not train
+        with torch.no_grad():
             for batch in batches:
                 nll, tokens = supervised_nll(model, {k: v.to(device) for k, v in batch.items()})
                 total += float(nll)

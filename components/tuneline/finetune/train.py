@@ -6,6 +6,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +15,7 @@ from tuneline import artifacts, base_model
 from tuneline.artifacts import Artifact
 from tuneline.base_model import BaseModel
 from tuneline.errors import ArtifactError, MethodError, Terminated, TrainingError
-from tuneline.finetune.load import load_base, parameter_count
+from tuneline.finetune.load import load_base, load_skeleton, parameter_count
 from tuneline.finetune.methods import Method
 from tuneline.finetune.methods.method import MethodSettings
 from tuneline.progress import ranks, report
@@ -24,6 +25,7 @@ from tuneline.tracking import Step, Untracked
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from tuneline.finetune.checkpoint import Checkpoints
@@ -132,9 +134,15 @@ def _train(
     from transformers import set_seed
 
     from tuneline.data_prep.chat import load_tokenizer
-    from tuneline.finetune.arguments import training_arguments, use_kernels
+    from tuneline.finetune.arguments import (
+        shards,
+        training_arguments,
+        training_dtype,
+        use_kernels,
+    )
     from tuneline.finetune.batching import batches_of
-    from tuneline.finetune.checkpoint import Schedule
+    from tuneline.finetune.checkpoint import Schedule, trainable
+    from tuneline.finetune.sharding import whole
     from tuneline.finetune.trainer import ProgressCallback, SupervisedTrainer
 
     if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
@@ -146,14 +154,14 @@ def _train(
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     rank, world_size = ranks()
+    sharded = shards(training, method, processes=world_size)
     set_seed(training.seed)
-    model, trainable, all_parameters = attach(
-        base, method, method_config, precision=training.precision
-    )
+    model, count, all_parameters = attach(base, method, method_config, precision=training.precision)
     layout = use_kernels(model, training)
     report(
-        f"{method.name}: {trainable:,} trainable of {all_parameters:,} parameters "
-        f"({trainable / all_parameters:.3%})"
+        f"{method.name}: {count:,} trainable of {all_parameters:,} parameters "
+        f"({count / all_parameters:.3%})"
+        + (f", divided over {world_size} processes" if sharded else "")
     )
     tokenizer = load_tokenizer(str(base.path), trust_code=base.trusts_code)
     pad_token_id = tokenizer.pad_token_id
@@ -180,13 +188,14 @@ def _train(
         steps=steps,
         validates="validation" in loaders,
         output_dir=output / "trainer",
+        sharded=sharded,
     )
     step.log_params(
         {
             **method_config.model_dump(mode="json"),
             **training.model_dump(mode="json"),
-            "trainable_parameters": trainable,
-            "trainable_fraction": trainable / all_parameters,
+            "trainable_parameters": count,
+            "trainable_fraction": count / all_parameters,
             "optimizer_steps": steps,
         }
     )
@@ -202,12 +211,16 @@ def _train(
             termination=termination,
             load_best=training.load_best,
             early_stopping_patience=training.early_stopping_patience,
+            shard_in=training_dtype(training) if sharded else None,
         )
         trainer.add_callback(ProgressCallback(step, trainer))
         trainer.run()
     if termination.requested:  # after the last look at it
         raise Terminated("what is trained is in a checkpoint: run it again to go on")
+    weights = whole(trainable(model), keep=rank == 0) if sharded else None
     if rank == 0:
+        if weights is not None:
+            model = _with_weights(base, method, method_config, weights)
         _save(model, method, base, output)
     return trainer.state.log_history
 
@@ -251,6 +264,20 @@ def attach(
     for parameter in trained:
         parameter.data = parameter.data.float()
     return model, sum(parameter.numel() for parameter in trained), total
+
+
+def _with_weights(
+    base: BaseModel, method: Method, config: MethodSettings, weights: Mapping[str, Tensor]
+) -> PeftModel | PreTrainedModel:
+    """A model in one piece, to save, from what was divided."""
+    from torch.nn import Parameter
+
+    skeleton = load_skeleton(base.path, trust_code=base.trusts_code)
+    for name, weight in weights.items():
+        module, _, last = name.rpartition(".")
+        skeleton.get_submodule(module).register_parameter(last, Parameter(weight))
+    skeleton.tie_weights()
+    return method.attach(skeleton, config)
 
 
 def _save(

@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import (
@@ -34,8 +35,10 @@ from tuneline.finetune.checkpoint import (
     load_trainable,
     save_state,
     save_trainable,
+    trainable,
 )
 from tuneline.finetune.loss import held_out_nll, supervised_nll
+from tuneline.finetune.sharding import is_sharded, load_optimizer, settle, shard, whole
 from tuneline.progress import minutes, peak_memory_bytes, report, tick
 from tuneline.termination import Termination
 from tuneline.tracking import Step
@@ -81,6 +84,8 @@ class SupervisedTrainer(Trainer):
         termination: whether SIGTERM has arrived.
         load_best: end with the weights of the lowest validation loss.
         early_stopping_patience: evaluations without a lower one until training stops, or None.
+        shard_in: what dtype to compute in with the model divided over all processes; None: each
+            process has all of it.
         others: as in `transformers.Trainer`.
     """
 
@@ -95,11 +100,16 @@ class SupervisedTrainer(Trainer):
         termination: Termination | None = None,
         load_best: bool = False,
         early_stopping_patience: int | None = None,
+        shard_in: torch.dtype | None = None,
         **others: Any,
     ) -> None:
         dataset = validation_loader.dataset if validation_loader else None
         super().__init__(train_dataset=train_loader.dataset, eval_dataset=dataset, **others)
         self.remove_callback(PrinterCallback)  # ProgressCallback prints what it would
+        if shard_in is not None:
+            shard(self.model, shard_in)
+            # accelerate then leaves placement and gradients to the model
+            self.is_distributed_loading_by_transformers = True
         self._train_loader = train_loader
         self._validation_loader = validation_loader
         self._create_optimizer = create_optimizer
@@ -233,7 +243,8 @@ class SupervisedTrainer(Trainer):
         return nll / divisor * self.accelerator.num_processes
 
     def _clip_grad_norm(self, model: nn.Module) -> float | Tensor | None:
-        self._grad_norm = super()._clip_grad_norm(model)
+        norm = super()._clip_grad_norm(model)
+        self._grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return self._grad_norm
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
@@ -333,7 +344,11 @@ class SupervisedTrainer(Trainer):
         assert self._validation_loader is not None
         model = self.model
         assert model is not None
-        nll, tokens = held_out_nll(model, self._until_terminated(self._validation_loader))
+        try:
+            with self.accelerator.autocast():
+                nll, tokens = held_out_nll(model, self._until_terminated(self._validation_loader))
+        finally:
+            settle(model)
         sums = torch.tensor([nll, float(tokens)], dtype=torch.float64, device=self.args.device)
         total, count = self._summed(sums).tolist()
         if not math.isfinite(total):
@@ -463,6 +478,12 @@ class SupervisedTrainer(Trainer):
                 tokens_seen=figures.tokens_seen,
                 slots_seen=figures.slots_seen,
             )
+        assert self.model is not None and self.optimizer is not None
+        settle(self.model)
+        weights, optimizer_state = trainable(self.model), self.optimizer.state_dict()
+        if is_sharded(self.model):  # all processes gather, the first one writes
+            weights = whole(weights, keep=self.args.should_save)
+            optimizer_state = whole(optimizer_state, keep=self.args.should_save)
         if self.args.should_save:
             notes = {
                 "figures": asdict(figures),
@@ -472,7 +493,7 @@ class SupervisedTrainer(Trainer):
             self._checkpoints.write(
                 self.state.global_step,
                 notes,
-                lambda folder: self._fill(folder, states),
+                lambda folder: self._fill(folder, weights, optimizer_state, states),
                 self._best_step() if self._load_best else None,
             )
         seconds = time.monotonic() - started
@@ -480,11 +501,16 @@ class SupervisedTrainer(Trainer):
             self._schedule.wrote(seconds)
         self._check_grace(seconds)
 
-    def _fill(self, folder: Path, random_states: list[dict[str, Any]]) -> None:
-        assert self.model is not None and self.optimizer is not None
+    def _fill(
+        self,
+        folder: Path,
+        weights: dict[str, Tensor],
+        optimizer_state: dict[str, Any],
+        random_states: list[dict[str, Any]],
+    ) -> None:
         assert self.lr_scheduler is not None
-        save_trainable(self.model, folder)
-        save_state(folder, "optimizer.pt", self.optimizer.state_dict())
+        save_trainable(weights, folder)
+        save_state(folder, "optimizer.pt", optimizer_state)
         save_state(folder, "scheduler.pt", self.lr_scheduler.state_dict())  # pyright: ignore[reportAttributeAccessIssue]  # DeepSpeed's has none
         for rank, state in enumerate(random_states):
             name = "rng_state.pth" if len(random_states) == 1 else f"rng_state_{rank}.pth"
@@ -507,6 +533,20 @@ class SupervisedTrainer(Trainer):
         target = model if model is not None else self.model
         assert target is not None
         load_trainable(target, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.model is None or not is_sharded(self.model):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        folder = Path(checkpoint)
+        # from the file piece by piece: all of it is too much for one process's device
+        state = torch.load(
+            folder / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True
+        )
+        load_optimizer(self.optimizer, state)
+        state = torch.load(folder / "scheduler.pt", map_location="cpu", weights_only=True)
+        self.lr_scheduler.load_state_dict(state)
 
     def _take_best(self) -> None:
         best = self._best_step()
