@@ -1,25 +1,34 @@
 """Training in several processes computes what one computes, and fails and stops as one."""
 
 import json
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from tuneline import artifacts
 from tuneline.data_prep.prepare import prepare
-from tuneline.errors import UsageError
+from tuneline.errors import Terminated, TrainingError, UsageError
 from tuneline.finetune import launch
-from tuneline.recipe import DataSection
+from tuneline.finetune.arguments import training_arguments
+from tuneline.finetune.batching import collate
+from tuneline.finetune.checkpoint import Checkpoints, Schedule
+from tuneline.finetune.methods.lora import METHOD
+from tuneline.finetune.trainer import SupervisedTrainer
+from tuneline.recipe import DataSection, TrainingSection
+from tuneline.termination import Termination
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +92,8 @@ def test_several_processes_fail_with_one_sentence_and_stop_with_a_checkpoint(
             break
     rest, errors = process.communicate()
     assert process.returncode == 143, rest + errors
-    assert "checkpoint" in errors.splitlines()[-1] and not output.exists()
+    last = errors.splitlines()[-1]
+    assert "stopped by SIGTERM; a checkpoint of step" in last and not output.exists()
     markers = list(tmp_path.rglob("step-*/checkpoint.json"))
     assert len(markers) == 1, list(tmp_path.rglob("*"))
 
@@ -118,6 +128,33 @@ def test_two_processes_equal_one_that_accumulates(
         assert len(one) >= 2
         # sums over ranks in another order; Adam lets rounding grow along the steps
         assert two == pytest.approx(one, rel=1e-4)
+
+
+WRITTEN = "error: finetune was stopped by SIGTERM; a checkpoint of step 4 was written"
+FULL = "error: checkpoint step-00000005 can't be written (No space left on device): free space"
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "kind", "sentence"),
+    [
+        (f"{WRITTEN}: run it again to go on", 1, Terminated, "a checkpoint of step 4 was written"),
+        (f"{WRITTEN}, but it is in /disk only", 1, Terminated, "but it is in /disk only"),
+        (f"{WRITTEN}\n{FULL}", 1, TrainingError, "can't be written (No space left on device)"),
+        ("exitcode  : -9", 1, TrainingError, "one of 2 training processes was killed"),
+        (
+            "error: finetune was stopped by SIGTERM; nothing was written, run it again",
+            1, Terminated, "nothing was written",
+        ),
+        ("SignalException: Process 7 got signal: 15", 1, Terminated, "no process said that it "),
+        ("", 0, Terminated, "its result is written"),
+    ],
+    ids=["written", "on one disk", "disk full", "killed", "loading", "starting", "ended"],
+)  # fmt: skip
+def test_a_stopped_run_claims_what_its_processes_said(
+    said: str, code: int, kind: type[BaseException], sentence: str
+) -> None:
+    stopped = launch._as_stopped(f"Loading weights\n{said}\n", 2, code)
+    assert isinstance(stopped, kind) and sentence in str(stopped)
 
 
 # ---- the same without starting interpreters anew
@@ -246,3 +283,207 @@ def test_a_divided_run_that_is_killed_ends_as_if_nothing_had_happened(full: Rank
     assert full.log("killed").count("going on from") == 2
     for name in ("history.jsonl", "model.safetensors"):
         assert (killed.path / name).read_bytes() == (whole.path / name).read_bytes(), name
+
+
+# ---- what two processes agree on
+
+
+class Agreement:
+    """Runs a function in two forked processes that are torchrun's to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, work: Callable[[int], Any]) -> list[Any]:
+        """What it returned or raised in each of them."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        pids = []
+        for rank in range(2):
+            pid = os.fork()
+            if pid == 0:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                self._child(rank, work)
+            pids.append(pid)
+        left = dict(enumerate(pids))
+        deadline = time.monotonic() + 60
+        while left and time.monotonic() < deadline:
+            left = {rank: pid for rank, pid in left.items() if os.waitpid(pid, os.WNOHANG)[0] == 0}
+            time.sleep(0.01)
+        for pid in left.values():
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        assert not left, f"ranks {list(left)} wait for another"
+        return [torch.load(self.folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+    def _child(self, rank: int, work: Callable[[int], Any]) -> None:
+        try:
+            try:
+                result = work(rank)
+            except (TrainingError, Terminated) as error:
+                result = error
+            torch.save(result, self.folder / f"{rank}.pt")
+        except BaseException:  # noqa: BLE001  a forked child must never return into the tests
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+
+
+@pytest.fixture
+def in_two_processes(tmp_path: Path) -> Agreement:
+    return Agreement(tmp_path)
+
+
+class SlowCheckpoints(Checkpoints):
+    """Is written while another process would have the time to end."""
+
+    def write(self, *arguments: Any) -> None:
+        ended = self.folder.parent / "ended"
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline and not ended.exists():
+            time.sleep(0.01)
+        assert not ended.exists(), "another process has ended"
+        super().write(*arguments)
+
+
+def trainer_of(
+    folder: Path,
+    rank: int,
+    termination: Termination,
+    *,
+    steps: int,
+    minutes: float,
+    data: list,
+    compiles: bool = False,
+    shard_in: torch.dtype | None = None,
+) -> SupervisedTrainer:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=211, n_embd=32, n_layer=1, n_head=2))
+    model.lm_head = torch.nn.Linear(32, 211)  # not tied: a token's embedding is of its rows only
+    training = TrainingSection(learning_rate=0.01, warmup_fraction=0)
+    arguments = training_arguments(
+        training,
+        METHOD,
+        steps=steps,
+        validates=True,
+        output_dir=folder / f"trainer{rank}",
+        sharded=shard_in is not None,
+    )
+    if compiles:
+        arguments.torch_compile, arguments.torch_compile_backend = True, "aot_eager"
+    loaders = [
+        DataLoader(
+            rows,
+            batch_sampler=Given([[row] for row in range(rank, len(rows), 2)]),
+            collate_fn=lambda batch: collate(batch, 0),
+        )
+        for rows in (data, DATA)
+    ]
+    return SupervisedTrainer(
+        model=model,
+        args=arguments,
+        train_loader=loaders[0],
+        validation_loader=loaders[1],
+        create_optimizer=lambda chosen, options: None,
+        checkpoints=SlowCheckpoints(folder / "key", limit=9, own=rank == 0),
+        schedule=Schedule(minutes),
+        termination=termination,
+        shard_in=shard_in,
+    )
+
+
+class Given(list):
+    """Batches in a given order, in every epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        pass
+
+
+DATA = [{"row": row, "input_ids": [5, 6, 7], "supervised": [0, 1, 1]} for row in range(4)]
+
+
+def test_sigterm_of_one_process_after_the_last_step_stops_all_with_a_checkpoint(
+    in_two_processes: Agreement,
+) -> None:
+    folder = in_two_processes.folder
+
+    def work(rank: int) -> bool:
+        termination = Termination()
+        trainer = trainer_of(folder, rank, termination, steps=2, minutes=60, data=DATA)
+
+        class Late(TrainerCallback):
+            def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                termination.requested = rank == 1 and state.global_step == state.max_steps
+
+        trainer.add_callback(Late())
+        try:
+            trainer.run()
+        finally:
+            (folder / "ended").touch()
+        return False
+
+    results = in_two_processes(work)
+    for stopped in results:
+        assert isinstance(stopped, Terminated)
+        assert str(stopped) == "a checkpoint of step 2 was written: run it again to go on"
+    assert (folder / "key" / "step-00000002" / "checkpoint.json").is_file()
+
+
+def test_the_first_process_s_time_for_a_checkpoint_decides_when_the_next_one_is_due(
+    in_two_processes: Agreement,
+) -> None:
+    folder = in_two_processes.folder
+
+    def work(rank: int) -> bool:
+        trainer = trainer_of(folder, rank, Termination(), steps=12, minutes=0, data=DATA)
+        trainer.run()
+        return True
+
+    assert in_two_processes(work) == [True, True]
+    written = [path.name for path in (folder / "key").glob("step-*")]
+    assert written == ["step-00000001"], "of 2 s, a twentieth of the time at most"
+
+
+def test_rows_that_are_not_finite_are_named_by_every_process(in_two_processes: Agreement) -> None:
+    data = [{**DATA[0], "row": number} for number in range(6)]
+    data[4]["input_ids"] = [5, 210, 7]
+
+    def work(rank: int) -> None:
+        trainer = trainer_of(
+            in_two_processes.folder, rank, Termination(), steps=3, minutes=60, data=data
+        )
+        with torch.no_grad():
+            trainer.model.transformer.wte.weight[210] = math.nan
+        trainer.run()
+
+    one, other = in_two_processes(work)
+    assert isinstance(one, TrainingError) and str(one) == str(other)
+    assert "the loss is nan at step 3, in rows [4] (counted from 0)" in str(one)
+
+
+@pytest.mark.slow
+# torch's compiler hides its own, which comes too late where warnings are errors
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("shard_in", [None, torch.float32], ids=["whole", "divided"])
+def test_compiled_training_has_the_same_losses(
+    in_two_processes: Agreement, shard_in: torch.dtype | None
+) -> None:
+    def work(rank: int) -> list[list[dict]]:
+        return [
+            history_of(in_two_processes.folder, rank, compiles=compiles, shard_in=shard_in)
+            for compiles in (False, True)
+        ]
+
+    for plain, compiled in in_two_processes(work):
+        for key in ("loss", "grad_norm", "eval_loss"):
+            expected = pytest.approx(losses(plain, key), rel=TOLERANCE_OF_PROCESSES)
+            assert losses(compiled, key) == expected and losses(plain, key)
+
+
+def history_of(folder: Path, rank: int, **how: Any) -> list[dict]:
+    trainer = trainer_of(folder, rank, Termination(), steps=4, minutes=60, data=DATA, **how)
+    trainer.model.eval()
+    trainer.run()
+    return trainer.state.log_history

@@ -76,7 +76,7 @@ def whole(value: Any, *, keep: bool) -> Any:
         keep: whether this process wants them; else None is in their place.
     """
     if isinstance(value, DTensor):
-        gathered = value.detach().full_tensor()
+        gathered = value.full_tensor().detach()
         return gathered.cpu() if keep else None
     if isinstance(value, dict):
         return {key: whole(item, keep=keep) for key, item in value.items()}

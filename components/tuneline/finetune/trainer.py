@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from tuneline.progress import minutes, peak_memory_bytes, report, tick
 from tuneline.termination import Termination
 from tuneline.tracking import Step
 
+T = TypeVar("T")
 GRACE_SECONDS: Final = 30
 """From SIGTERM to SIGKILL, Kubernetes' default. A checkpoint has to be on the disk by then: the
 micro-batch at hand is finished, the accumulated ones of an unfinished step are dropped."""
@@ -154,13 +155,14 @@ class SupervisedTrainer(Trainer):
             with self._memory_errors():
                 self.train(resume_from_checkpoint=str(found.path) if found else None)
         seconds, tokens = time.monotonic() - started, self.figures.tokens_seen - tokens
+        tokens = int(self._summed(torch.tensor(tokens, device=self.args.device)))
         report(
             f"trained {tokens:,} tokens in {seconds:.0f} s ({tokens / seconds:.0f} tokens/s), "
             f"{self.state.global_step} steps"
         )
         if self._validation_loader is not None and not self._evaluated_now():
             self.evaluate()
-        if self._termination.requested:
+        if self.any_rank(self._termination.requested):
             self._stop()
         if self._load_best:
             self._take_best()
@@ -171,13 +173,17 @@ class SupervisedTrainer(Trainer):
 
     def _of_rank_0(self, look: Callable[[Checkpoints], Checkpoint | None]) -> Checkpoint | None:
         found = look(self._checkpoints) if self._checkpoints and self.args.should_save else None
-        if self.args.world_size > 1:
-            box = [found]
-            torch.distributed.broadcast_object_list(box)
-            found = box[0]
-            if found is not None and self._checkpoints is not None:
-                found = self._on_this_machine(found, self._checkpoints)
+        found = self._from_rank_0(found)
+        if self.args.world_size > 1 and found is not None and self._checkpoints is not None:
+            found = self._on_this_machine(found, self._checkpoints)
         return found
+
+    def _from_rank_0(self, value: T) -> T:
+        if self.args.world_size == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box)
+        return box[0]
 
     def _on_this_machine(self, found: Checkpoint, checkpoints: Checkpoints) -> Checkpoint:
         brings = self.args.local_process_index == 0
@@ -264,14 +270,9 @@ class SupervisedTrainer(Trainer):
         # one look at the device per step
         losses = torch.stack([nll for nll, _ in self._pending]).double().tolist()
         norm = None if self._grad_norm is None else float(self._grad_norm)
-        for loss, (_, batch) in zip(losses, self._pending, strict=True):
-            if not math.isfinite(loss):
-                self._refuse(f"the loss is {loss}", [batch])
-        if norm is not None and not math.isfinite(norm):
-            self._refuse(
-                f"the losses are finite, but the gradient's norm is {norm}",
-                [batch for _, batch in self._pending],
-            )
+        bad = not all(map(math.isfinite, losses)) or not (norm is None or math.isfinite(norm))
+        if self.any_rank(bad):
+            self._refuse(losses, norm)
         self.figures.nll += math.fsum(losses)
         for tokens, slots, supervised in self._next_counts:
             self.figures.tokens_seen += tokens
@@ -279,19 +280,39 @@ class SupervisedTrainer(Trainer):
             self.figures.supervised += supervised
         self._pending.clear()
 
-    def _refuse(self, what: str, batches: list[dict[str, Tensor]]) -> None:
-        rows = [row for batch in batches for row in self._rows_at_fault(batch)]
+    def _refuse(self, losses: list[float], norm: float | None) -> NoReturn:
+        """Of all processes with the same words: the rows may be another's."""
+        batches = [batch for _, batch in self._pending]
+        faults = [
+            (loss, row)
+            for loss, batch in zip(losses, batches, strict=True)
+            if not math.isfinite(loss)
+            for row in self._rows_at_fault(batch)
+        ]
+        faults = self._of_all_ranks(faults)
+        if faults:
+            what, rows = f"the loss is {faults[0][0]}", [row for _, row in faults]
+        else:
+            what = f"the losses are finite, but the gradient's norm is {norm}"
+            rows = self._of_all_ranks([row for batch in batches for row in _rows_of(batch)])
         raise TrainingError(
             f"{what} at step {self.state.global_step + 1}, in rows {rows} (counted from 0) of the "
             "train split: look at these rows; if they are as they should be, lower "
             "training.learning_rate or training.max_grad_norm"
         )
 
+    def _of_all_ranks(self, values: list[T]) -> list[T]:
+        if self.args.world_size == 1:
+            return values
+        gathered: list[Any] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(gathered, values)
+        return [value for of_rank in gathered for value in of_rank]
+
     def _rows_at_fault(self, batch: dict[str, Tensor]) -> list[int]:
-        rows = [row if row >= 0 else ~row for row in batch["rows"].tolist()]
-        if self.args.world_size > 1 or "attention_mask" not in batch:
-            return rows  # other ranks would have to compute too, or rows lie end to end
+        rows = _rows_of(batch)
         assert self.model is not None
+        if is_sharded(self.model) or "attention_mask" not in batch:
+            return rows  # other ranks would have to compute too, or rows lie end to end
         one_by_one = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(len(rows))]
         with torch.no_grad():
             losses = [float(supervised_nll(self.model, one)[0]) for one in one_by_one]
@@ -370,7 +391,7 @@ class SupervisedTrainer(Trainer):
 
     def _until_terminated(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:
-            if self._any_rank(self._termination.requested):
+            if self.any_rank(self._termination.requested):
                 self._evaluation_due = True  # the resumed run begins with it
                 self._stop()
             yield batch
@@ -422,7 +443,7 @@ class SupervisedTrainer(Trainer):
         self._micro_batch_seconds = max(
             self._micro_batch_seconds, time.monotonic() - self._micro_batch_started
         )
-        if self._any_rank(self._termination.requested):
+        if self.any_rank(self._termination.requested):
             if self._checkpoints is None:
                 raise Terminated
             self._save_checkpoint(self.model, None)
@@ -433,7 +454,7 @@ class SupervisedTrainer(Trainer):
         self._micro_batch_seconds = max(
             self._micro_batch_seconds, time.monotonic() - self._micro_batch_started
         )
-        stopping = self._any_rank(self._termination.requested)
+        stopping = self.any_rank(self._termination.requested)
         if self._checkpoints is None:
             if stopping:
                 raise Terminated
@@ -444,15 +465,16 @@ class SupervisedTrainer(Trainer):
             self._evaluation_due = control.should_evaluate
             control.should_evaluate = False
             control.should_save = True
-        elif self._any_rank(self._schedule is not None and self._schedule.due):
+        elif self.any_rank(self._schedule is not None and self._schedule.due):
             control.should_save = True
 
     def after_save(self) -> None:
         """Stop if that was why."""
-        if self._any_rank(self._termination.requested):
+        if self.any_rank(self._termination.requested):
             self._raise_terminated()
 
-    def _any_rank(self, value: bool) -> bool:
+    def any_rank(self, value: bool) -> bool:
+        """Whether it is so in one of the processes; all of them have to ask."""
         if self.args.world_size == 1:
             return value
         flag = torch.tensor(float(value), device=self.args.device)
@@ -496,7 +518,10 @@ class SupervisedTrainer(Trainer):
                 lambda folder: self._fill(folder, weights, optimizer_state, states),
                 self._best_step() if self._load_best else None,
             )
-        seconds = time.monotonic() - started
+        # the others wait for the first one: what stops next must not end it while it writes
+        seconds, self._checkpoints.unsent = self._from_rank_0(
+            (time.monotonic() - started, self._checkpoints.unsent)
+        )
         if self._schedule is not None:
             self._schedule.wrote(seconds)
         self._check_grace(seconds)
@@ -546,7 +571,7 @@ class SupervisedTrainer(Trainer):
         )
         load_optimizer(self.optimizer, state)
         state = torch.load(folder / "scheduler.pt", map_location="cpu", weights_only=True)
-        self.lr_scheduler.load_state_dict(state)
+        self.lr_scheduler.load_state_dict(state)  # pyright: ignore[reportAttributeAccessIssue]  # DeepSpeed's has none
 
     def _take_best(self) -> None:
         best = self._best_step()
@@ -561,6 +586,10 @@ class SupervisedTrainer(Trainer):
             )
         load_trainable(self.model, found.path)
         report(f"took the weights of step {best}, which had the lowest validation loss")
+
+
+def _rows_of(batch: dict[str, Tensor]) -> list[int]:
+    return [row if row >= 0 else ~row for row in batch["rows"].tolist()]
 
 
 class _Steps(TrainerCallback):
