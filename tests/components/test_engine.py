@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import (
@@ -17,14 +18,24 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tuneline import artifacts
 from tuneline.data_prep.prepare import prepare
 from tuneline.errors import RecipeError, Terminated, TrainingError
+from tuneline.finetune import arguments as arguments_module
 from tuneline.finetune import loss as loss_module
-from tuneline.finetune.arguments import packed_rows_are_apart, training_arguments
+from tuneline.finetune.arguments import (
+    has_flash_attention,
+    packed_rows_are_apart,
+    training_arguments,
+    training_dtype,
+    use_kernels,
+)
 from tuneline.finetune.batching import TokenBudgetSampler, batches_of, collate, pack
 from tuneline.finetune.checkpoint import Checkpoints, Schedule
+from tuneline.finetune.load import compute_dtype
 from tuneline.finetune.loss import supervised_nll
 from tuneline.finetune.methods.lora import METHOD, LoraSettings, attach
 from tuneline.finetune.train import finetune
@@ -120,6 +131,44 @@ def test_a_method_that_lets_packed_rows_see_each_other_is_found(tiny_model: Path
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     prompts = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     assert not packed_rows_are_apart(prompts)
+
+
+def test_a_kernel_that_refuses_fp32_is_tried_in_the_dtype_of_the_loop(
+    tiny_model: Path, capsys
+) -> None:
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def as_flash_attention(module: nn.Module, query: Tensor, *arguments, **options):
+        # transformers casts for it where autocast says to what
+        if query.dtype is torch.float32 and not torch.is_autocast_enabled(query.device.type):
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+        return plain(module, query, *arguments, **options)
+
+    ALL_ATTENTION_FUNCTIONS.register("refuses_fp32", as_flash_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("refuses_fp32", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_model, dtype=torch.float32, attn_implementation="refuses_fp32"
+    )
+    assert packed_rows_are_apart(model, torch.bfloat16)
+    assert not packed_rows_are_apart(model)
+    assert "the model fails on a pack: FlashAttention only support" in capsys.readouterr().out
+    assert use_kernels(model, TrainingSection(batching="auto")) == "grouped"
+
+
+@pytest.mark.parametrize(("capability", "has_units"), [((7, 5), False), ((8, 0), True)])
+def test_gpus_that_emulate_bf16_compute_in_fp32_without_flash_attention(
+    capability: tuple[int, int], has_units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_bf16_supported(including_emulation: bool = True) -> bool:
+        return including_emulation or has_units  # as torch says on a T4 and on an A100
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(arguments_module, "is_flash_attn_2_available", lambda: True)
+    expected = torch.bfloat16 if has_units else torch.float32
+    assert training_dtype(TrainingSection()) is compute_dtype() is expected
+    assert has_flash_attention() == has_units
 
 
 def test_packing_fills_the_budget_and_loses_no_row() -> None:
@@ -290,6 +339,7 @@ def trainer_of(
     )
     data = how.pop("data", None) or rows(8)
     validation = how.pop("validation", None)
+    compiles = how.pop("compiles", False)
     arguments = training_arguments(
         training,
         METHOD,
@@ -297,6 +347,8 @@ def trainer_of(
         validates=validation is not None,
         output_dir=tmp_path / "trainer",
     )
+    if compiles:
+        arguments.torch_compile, arguments.torch_compile_backend = True, "aot_eager"
     return SupervisedTrainer(
         model=model,
         args=arguments,
@@ -406,6 +458,40 @@ def test_gradient_checkpointing_changes_no_bit_of_the_losses(
     plain, _ = trained(tiny_model, dataset, tmp_path / "plain")
     again, _ = trained(tiny_model, dataset, tmp_path / "again", gradient_checkpointing=True)
     assert losses(again) == losses(plain)
+
+
+@pytest.mark.slow
+# torch's compiler hides its own, which comes too late where warnings are errors
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_model_has_the_same_losses_and_is_not_compiled_anew_for_each_batch(
+    tmp_path: Path,
+) -> None:
+    results = []
+    # more batches than times that the compiler tries the same code (8), of two lengths
+    lengths = [6, 9] * 5
+    data = [
+        {"row": row, "input_ids": [5] * length, "supervised": [0] + [1] * (length - 1)}
+        for row, length in enumerate(lengths)
+    ]
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        counters.clear()
+        batches = [[row] for row in range(len(lengths))]
+        trainer = trainer_of(
+            _gpt2().eval(),
+            batches,
+            tmp_path,
+            steps=len(lengths),
+            accumulation=1,
+            data=data,
+            compiles=compiles,
+        )
+        trainer.run()
+        results.append(losses(trainer.state.log_history))
+    assert results[1] == pytest.approx(results[0], rel=1e-5) and len(results[0]) == len(lengths)
+    # in front of the output layer and after it, for the first length and then for any
+    assert 0 < counters["stats"]["unique_graphs"] <= 4
 
 
 def test_packing_trains_on_the_same_rows_without_padding(

@@ -16,6 +16,7 @@ from tuneline.errors import TrainingError
 from tuneline.finetune.batching import Layout
 from tuneline.finetune.load import compute_dtype
 from tuneline.finetune.methods import Method
+from tuneline.progress import report
 from tuneline.recipe import TrainingSection, check_sharding
 
 _LAST_FRACTION: Final = 0.1
@@ -108,6 +109,15 @@ def has_liger() -> bool:
     return torch.cuda.is_available() and is_liger_kernel_available()
 
 
+def has_flash_attention() -> bool:
+    """Whether flash attention is installed and has a device to run on: Ampere or newer."""
+    return (
+        torch.cuda.is_available()
+        and torch.cuda.get_device_capability()[0] >= 8
+        and is_flash_attn_2_available()
+    )
+
+
 def use_kernels(model: Any, training: TrainingSection) -> Layout:
     """Give the model flash attention where there is one; returns how batches are laid out.
 
@@ -120,14 +130,14 @@ def use_kernels(model: Any, training: TrainingSection) -> Layout:
     flash = (
         training.kernels == "auto"
         and training_dtype(training) is torch.bfloat16
-        and is_flash_attn_2_available()
+        and has_flash_attention()
         and getattr(model, "_supports_flash_attn", False)
     )
     if flash:
         model.set_attn_implementation("flash_attention_2")
     if training.batching == "grouped" or (training.batching == "auto" and not flash):
         return "grouped"
-    if packed_rows_are_apart(model):
+    if packed_rows_are_apart(model, training_dtype(training)):
         return "packed"
     if training.batching == "packed":
         raise TrainingError(
@@ -137,11 +147,17 @@ def use_kernels(model: Any, training: TrainingSection) -> Layout:
     return "grouped"
 
 
-def packed_rows_are_apart(model: nn.Module) -> bool:
+def packed_rows_are_apart(model: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
     """Whether a packed row's logits are those that it has when another row is in front of it.
 
     Seen by running two packs that differ in their first row only. Methods that put virtual tokens
-    in front, recurrent layers, and models that ignore position ids are not.
+    in front, recurrent layers, models that ignore position ids, and models whose kernels refuse
+    packs are not.
+
+    Args:
+        model: a causal LM.
+        dtype: that the loop computes in; weights that train are fp32 all the same, which the
+            kernels of flash attention refuse.
     """
     device = next(model.parameters()).device
     packs = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [8, 7, 6, 5, 5, 6, 7, 8]], device=device)
@@ -149,12 +165,16 @@ def packed_rows_are_apart(model: nn.Module) -> bool:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
+        with torch.no_grad(), autocast, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's, that positions are ignored: seen below
             first, second = (
                 model(input_ids=pack.unsqueeze(0), position_ids=positions, use_cache=False).logits
                 for pack in packs
             )
+    except RuntimeError as error:
+        report(f"warning: batches are not packed, the model fails on a pack: {error}")
+        return False
     finally:
         model.train(was_training)
     return torch.equal(first[:, -4:], second[:, -4:])

@@ -15,7 +15,7 @@ from tuneline import artifacts, base_model
 from tuneline.artifacts import Artifact
 from tuneline.base_model import BaseModel
 from tuneline.errors import ArtifactError, MethodError, Terminated, TrainingError
-from tuneline.finetune.load import load_base, load_skeleton, parameter_count
+from tuneline.finetune.load import compute_dtype, load_base, load_skeleton, parameter_count
 from tuneline.finetune.methods import Method
 from tuneline.finetune.methods.method import MethodSettings
 from tuneline.progress import ranks, report
@@ -215,8 +215,11 @@ def _train(
         )
         trainer.add_callback(ProgressCallback(step, trainer))
         trainer.run()
-    if termination.requested:  # after the last look at it
-        raise Terminated("what is trained is in a checkpoint: run it again to go on")
+    if trainer.any_rank(termination.requested):  # after the last look at it
+        raise Terminated(
+            "training had ended and its result was not written: run it again to go on from the "
+            "last checkpoint"
+        )
     weights = whole(trainable(model), keep=rank == 0) if sharded else None
     if rank == 0:
         if weights is not None:
@@ -248,13 +251,14 @@ def attach(
     """
     import torch
 
+    in_fp32 = precision == "fp32" or compute_dtype() is torch.float32
     loaded = load_base(
         base.path,
         trust_code=base.trusts_code,
         quantization=config.quantization,
         # a step of 1e-5 of a weight is lost in bf16's 8 bits of mantissa: what trains is fp32, and
         # the arithmetic of an accelerator is bf16 by autocast
-        dtype=torch.float32 if method.stored_as == "model" or precision == "fp32" else None,
+        dtype=torch.float32 if method.stored_as == "model" or in_fp32 else None,
     )
     total = parameter_count(loaded)
     model = method.attach(loaded, config)
