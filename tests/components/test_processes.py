@@ -15,17 +15,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from tuneline import artifacts
+from tuneline.base_model import resolve
 from tuneline.data_prep.prepare import prepare
 from tuneline.errors import Terminated, TrainingError, UsageError
 from tuneline.finetune import launch
 from tuneline.finetune.arguments import training_arguments
 from tuneline.finetune.batching import collate
 from tuneline.finetune.checkpoint import Checkpoints, Schedule
+from tuneline.finetune.load import load_base
+from tuneline.finetune.loss import supervised_nll
 from tuneline.finetune.methods.lora import METHOD
+from tuneline.finetune.sharding import shard, whole
 from tuneline.finetune.trainer import SupervisedTrainer
 from tuneline.recipe import DataSection, TrainingSection
 from tuneline.termination import Termination
@@ -487,3 +492,59 @@ def history_of(folder: Path, rank: int, **how: Any) -> list[dict]:
     trainer.model.eval()
     trainer.run()
     return trainer.state.log_history
+
+
+FAMILIES = ("llama", "qwen2", "qwen3", "glm", "glm4", "chatglm_shaped", "baichuan_shaped")
+BF16_TOLERANCE = 0.02
+"""Of a loss: 8 bits of mantissa in every product."""
+
+
+@pytest.mark.slow
+def test_a_divided_model_of_every_family_has_the_gradients_of_a_whole_one(
+    in_two_processes: Agreement, model_reference: Callable[[str], str]
+) -> None:
+    references = {family: model_reference(family) for family in FAMILIES}
+
+    def work(rank: int) -> dict[str, list[float]]:
+        torch.distributed.init_process_group("gloo")
+        batch = collate(DATA[rank : rank + 1], 0)
+        return {family: deviations(path, batch) for family, path in references.items()}
+
+    for rank in in_two_processes(work):
+        for family, (of_loss, of_gradient, of_bf16) in rank.items():
+            assert of_loss < TOLERANCE_OF_PROCESSES, family
+            assert of_gradient < TOLERANCE_OF_PROCESSES, family
+            assert 0 < of_bf16 < BF16_TOLERANCE, family
+
+
+def deviations(reference: str, batch: dict[str, torch.Tensor]) -> list[float]:
+    """Of loss and gradients from those of the whole model, and of the loss in bf16."""
+    base = resolve(reference)
+    gradients, nlls = [], []
+    for dtype in (None, torch.float32, torch.bfloat16):
+        model = load_base(base.path, trust_code=base.trusts_code)
+        if dtype is not None:
+            shard(model, dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            nll, _ = supervised_nll(model, batch)
+        assert nll.dtype is torch.float32
+        nll.backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        if dtype is None:
+            for grad in grads.values():
+                torch.distributed.all_reduce(grad)
+                grad.div_(2)
+        else:
+            assert all(isinstance(grad, DTensor) for grad in grads.values())
+            assert sum(g.to_local().numel() for g in grads.values()) < 0.6 * sum(
+                g.numel() for g in grads.values()
+            )
+        grads = whole(grads, keep=True)
+        gradients.append(torch.cat([grads[name].flatten() for name in sorted(grads)]))
+        nlls.append(float(nll.detach()))
+    plain, divided, _ = gradients
+    return [
+        abs(nlls[1] / nlls[0] - 1),
+        float((divided - plain).norm() / plain.norm()),
+        abs(nlls[2] / nlls[0] - 1),
+    ]
