@@ -302,3 +302,17 @@ class TrainingServer:
 def training_server() -> Callable[[Path], TrainingServer]:
     """Starts one; its checkpoints, logs and outputs are in the folder that it is given."""
     return TrainingServer
+
+
+@pytest.fixture(scope="session")
+def dataset(tiny_model: Path, chats_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The chats prepared for the tiny model: a few batches, and rows to validate on."""
+    from tuneline.data_prep.prepare import prepare
+    from tuneline.recipe import DataSection
+
+    path = tmp_path_factory.mktemp("prepared") / "data"
+    return prepare(
+        str(tiny_model),
+        DataSection(train=(str(chats_file),), validation_fraction=0.2, test_fraction=0.6),
+        path,
+    )

@@ -22,7 +22,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tuneline import artifacts
-from tuneline.data_prep.prepare import prepare
 from tuneline.errors import RecipeError, Terminated, TrainingError
 from tuneline.finetune import arguments as arguments_module
 from tuneline.finetune import loss as loss_module
@@ -40,7 +39,7 @@ from tuneline.finetune.loss import supervised_nll
 from tuneline.finetune.methods.lora import METHOD, LoraSettings, attach
 from tuneline.finetune.train import finetune
 from tuneline.finetune.trainer import SupervisedTrainer
-from tuneline.recipe import DataSection, TrainingSection, check
+from tuneline.recipe import TrainingSection, check
 from tuneline.termination import Termination
 from tuneline.tracking import Untracked
 
@@ -267,18 +266,6 @@ def test_the_probe_of_the_output_layer_leaves_the_random_numbers(model: nn.Modul
 
 
 # ---- the loop
-
-
-@pytest.fixture(scope="module")
-def dataset(
-    tiny_model: Path, chats_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> artifacts.Artifact:
-    path = tmp_path_factory.mktemp("prepared") / "data"
-    return prepare(
-        str(tiny_model),
-        DataSection(train=(str(chats_file),), validation_fraction=0.2, test_fraction=0.6),
-        path,
-    )
 
 
 def trained(

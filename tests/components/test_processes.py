@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trai
 
 from tuneline import artifacts
 from tuneline.base_model import resolve
-from tuneline.data_prep.prepare import prepare
 from tuneline.errors import Terminated, TrainingError, UsageError
 from tuneline.finetune import launch
 from tuneline.finetune.arguments import training_arguments
@@ -32,20 +31,8 @@ from tuneline.finetune.loss import supervised_nll
 from tuneline.finetune.methods.lora import METHOD
 from tuneline.finetune.sharding import shard, whole
 from tuneline.finetune.trainer import SupervisedTrainer
-from tuneline.recipe import DataSection, TrainingSection
+from tuneline.recipe import TrainingSection
 from tuneline.termination import Termination
-
-
-@pytest.fixture(scope="module")
-def dataset(
-    tiny_model: Path, chats_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> artifacts.Artifact:
-    path = tmp_path_factory.mktemp("prepared") / "data"
-    return prepare(
-        str(tiny_model),
-        DataSection(train=(str(chats_file),), validation_fraction=0.2, test_fraction=0.6),
-        path,
-    )
 
 
 def losses(history: list[dict], key: str) -> list[float]:

@@ -74,7 +74,8 @@ class _Hooks:
         self._selected: Tensor | None = None
         self._targets: Tensor | None = None
         self._picked: Tensor | None = None
-        before, after = self._before, self._after
+        before: Any = self._before
+        after: Any = self._after
         if hidden:  # the compiler leaves them alone and compiles what is in front of them
             before, after = torch.compiler.disable(before), torch.compiler.disable(after)
         self._handles = (
