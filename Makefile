@@ -5,7 +5,7 @@
 #   TORCH_INDEX_URL  the package index that torch alone is taken from; names a CPU build on machines without a GPU
 #   PIP_FLAGS        for every pip call; empty shows pip's own progress
 PYTHON ?= python3
-export IMAGES BASE_IMAGE BUILD_IMAGE TORCH_INDEX_URL REGISTRY LOCK
+export IMAGES BASE_IMAGE BUILD_IMAGE IMAGE_SOURCE TORCH_INDEX_URL REGISTRY LOCK
 VENV ?= .venv
 WORKDIR ?= build/demo
 TORCH_INDEX_URL ?=

@@ -20,10 +20,12 @@ have debootstrap || wanted+=(debootstrap)
 if ((${#wanted[@]})); then
     [[ $(id -u) == 0 ]] && have apt-get || fail "${wanted[*]} can't be installed without root and apt-get"
     { timeout 120 apt-get update -qq && DEBIAN_FRONTEND=noninteractive timeout 300 \
-        apt-get install -y -qq --no-install-recommends "${wanted[@]}"; } > "$dir/apt.log" 2>&1 ||
+        apt-get install -y -qq --no-install-recommends -o DPkg::Lock::Timeout=120 "${wanted[@]}"; } > "$dir/apt.log" 2>&1 ||
         fail "${wanted[*]} could not be installed"
 fi
 
+# one that an earlier call has left
+[[ ! -S $dir/docker.sock ]] || export DOCKER_HOST=unix://$dir/docker.sock
 if ! docker info > /dev/null 2>&1; then
     # without a limit, every process of a container begins by closing a billion files
     printf '{"default-ulimits":{"nofile":{"Name":"nofile","Hard":20000,"Soft":20000}}}' > "$dir/daemon.json"
@@ -41,6 +43,7 @@ driver=$(docker info --format '{{.Driver}}')
 
 if ! docker image inspect "$base" > /dev/null 2>&1 &&
     ! timeout 60 docker pull --quiet "$base" > /dev/null 2>&1; then
+    rm -rf "$dir/rootfs"
     debootstrap --variant=minbase --include=python3,python3-venv,python3-pip,ca-certificates \
         bookworm "$dir/rootfs" > "$dir/debootstrap.log" 2>&1 || fail "$(tail -n 1 "$dir/debootstrap.log")"
     tar -C "$dir/rootfs" -c . | docker import \

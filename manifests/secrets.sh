@@ -40,10 +40,14 @@ if missing tuneline tuneline-mlflow-admin; then
     make_secret tuneline tuneline-mlflow-admin username=tuneline "password=$(random 24)" \
         "flask_secret_key=$(random 32)"
 fi
-password=$(value tuneline tuneline-mlflow-admin password)
+# steps and KFP's plugin are another user, which the job tuneline-mlflow-users makes
+if missing tuneline tuneline-mlflow-steps; then
+    make_secret tuneline tuneline-mlflow-steps username=tuneline-steps "password=$(random 24)"
+fi
+password=$(value tuneline tuneline-mlflow-steps password)
 for name in tuneline-mlflow kfp-mlflow-credentials; do
     if missing kubeflow "$name"; then
-        make_secret kubeflow "$name" username=tuneline "password=$password"
+        make_secret kubeflow "$name" username=tuneline-steps "password=$password"
     fi
 done
 

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -32,9 +32,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--kfp-host", metavar="URL", help="a real KFP instead of the tests' own server"
     )
-    parser.addoption("--kfp-namespace", metavar="NS", help="where that KFP has several users")
+    parser.addoption(
+        "--namespace", "--kfp-namespace", metavar="NS", help="where that KFP has several users"
+    )
     parser.addoption("--mlflow-uri", metavar="URI", help="of the MLflow of that KFP's pods")
     parser.addoption("--pool", metavar="NAME", default="cpu", help="node pool of end-to-end tests")
+
+
+@pytest.fixture(scope="session")
+def lacking() -> Callable[[str, str], NoReturn]:
+    """Skips for what this machine can't have; fails where TUNELINE_REQUIRE, as .ci/run sets it,
+    names it, so that "all passed" says that it was there."""
+
+    def end(what: str, reason: str) -> NoReturn:
+        if what in os.environ.get("TUNELINE_REQUIRE", "").split():
+            pytest.fail(f"TUNELINE_REQUIRE asks for {what}: {reason}", pytrace=False)
+        pytest.skip(reason)
+
+    return end
 
 
 @pytest.fixture(autouse=True)
@@ -44,10 +59,12 @@ def own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     for name in (
         "MLFLOW_TRACKING_URI",
         "MLFLOW_RUN_ID",
+        "TUNELINE_MLFLOW_TRACKING_URI",
         "TUNELINE_MLFLOW_ARTIFACTS",
         "TUNELINE_CHECKPOINTS",
         "TUNELINE_POOLS",
         "TUNELINE_RUNNER",
+        "TUNELINE_WEIGHTS",
     ):
         monkeypatch.setenv(name, "")  # so that what a test leaves set is taken back
         monkeypatch.delenv(name)

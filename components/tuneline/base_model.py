@@ -18,9 +18,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tuneline import object_store
 from tuneline.artifacts import MANIFEST, digest_of, digest_of_file
@@ -35,6 +37,7 @@ CODE_PIN = "#code="
 _SMALL = (".json", ".jinja", ".model", ".txt", ".md", ".py", "")
 """Suffixes of what travels with weights. Weights in any other format would travel along without
 the tuning."""
+_SETTLED_NANOSECONDS = 2 * 10**9
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
@@ -116,6 +119,44 @@ def resolve(reference: str, *, digest: str | None = None) -> BaseModel:
     return BaseModel(path, reference, revision, digest or digest_of_model(path, code), code)
 
 
+def content_key(reference: str) -> str:
+    """What decides a base model's output, without reading all of it whenever it is asked for.
+
+    A hub model's reference names a commit, and is its own key: nothing is fetched. For any other
+    it is the digest, for which a file is read again only after its size, times or inode changed.
+
+    Raises:
+        ModelError: as `resolve`.
+    """
+    plain, _, code = reference.partition(CODE_PIN)
+    if plain.startswith(HUB_SCHEME):
+        _pinned(plain)
+        return reference
+    found = resolve(reference, digest="not read")
+    place = cache_dir() / "digests" / digest_of(str(found.path.resolve())).removeprefix("sha256:")
+    try:
+        known = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    notes: dict[str, list[Any]] = {}
+
+    def digest(file: Path) -> str:
+        stat = file.stat()
+        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        *seen, value = known.get(file.name, [None])
+        if seen != mark:
+            value = digest_of_file(file)
+        # a file of just now can change once more without another time
+        if time.time_ns() - stat.st_ctime_ns > _SETTLED_NANOSECONDS:
+            notes[file.name] = [*mark, value]
+        return str(value)
+
+    key = digest_of_model(found.path, code, digest)
+    if notes != known:
+        _note(place, json.dumps(notes))
+    return key
+
+
 def is_local(reference: str) -> bool:
     """Whether it names a folder of this machine."""
     return not (
@@ -129,11 +170,14 @@ def remember(base: BaseModel) -> None:
     A manifest does not say where a folder lies; a package that stands on one is found again with
     this note, on a machine that has the same cache. A cache that can't be written is no fault.
     """
-    place = _place(base.digest)
+    _note(_place(base.digest), str(base.path.resolve()) + "\n")
+
+
+def _note(place: Path, text: str) -> None:
     with contextlib.suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
         aside = place.with_name(f"{place.name}.{os.getpid()}")
-        aside.write_text(str(base.path.resolve()) + "\n", encoding="utf-8")
+        aside.write_text(text, encoding="utf-8")
         aside.rename(place)
 
 
@@ -254,21 +298,28 @@ def check_folder(path: Path, reference: str) -> None:
         raise ModelError(f"base model '{reference}' has no tokenizer: tokenizer.json is needed")
 
 
-def digest_of_folder(path: Path) -> str:
+def digest_of_folder(path: Path, digest_of_one: Callable[[Path], str] = digest_of_file) -> str:
     """SHA-256 over the names and digests of configuration, weights and tokenizer files.
 
     Reads every byte once, about a second per GB.
+
+    Args:
+        path: the folder.
+        digest_of_one: of a file, for a caller that knows some.
     """
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()):
         if file.is_file() and file.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt"):
-            digest.update(f"{file.name} {digest_of_file(file)}\n".encode())
+            digest.update(f"{file.name} {digest_of_one(file)}\n".encode())
     return "sha256:" + digest.hexdigest()
 
 
-def digest_of_model(path: Path, code: str = "") -> str:
+def digest_of_model(
+    path: Path, code: str = "", digest_of_one: Callable[[Path], str] = digest_of_file
+) -> str:
     """The digest of a base model: of its folder, and of the code that is pinned with it."""
-    return digest_of([digest_of_folder(path), code]) if code else digest_of_folder(path)
+    folder = digest_of_folder(path, digest_of_one)
+    return digest_of([folder, code]) if code else folder
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -318,7 +369,8 @@ def copy_small_files(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / name)
 
 
-def _from_hub(reference: str, *, with_code: bool) -> tuple[Path, str]:
+def _pinned(reference: str) -> tuple[str, str]:
+    """Repository and commit of a hub model."""
     repository, _, revision = reference.removeprefix(HUB_SCHEME).partition("@")
     if not re.fullmatch(r"[\w.\-]+/[\w.\-]+", repository):
         raise ModelError(
@@ -329,6 +381,11 @@ def _from_hub(reference: str, *, with_code: bool) -> tuple[Path, str]:
             f"base model '{reference}': revision '{revision}' is not pinned: give the full "
             "40-digit commit, since a branch or tag can move between two steps of a run"
         )
+    return repository, revision
+
+
+def _from_hub(reference: str, *, with_code: bool) -> tuple[Path, str]:
+    repository, revision = _pinned(reference)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,

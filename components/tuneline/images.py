@@ -18,6 +18,7 @@ from tuneline import __version__
 from tuneline.errors import UsageError
 
 LOCK_VARIABLE: Final = "TUNELINE_IMAGES"
+CPU_IMAGE_VARIABLE: Final = "TUNELINE_CPU_IMAGE"
 NAMES: Final = ("cpu", "gpu")
 
 
@@ -48,5 +49,5 @@ def reference(name: str) -> str:
 CPU: Final[str] = reference("cpu")
 """Of steps without an accelerator."""
 GPU: Final[str] = reference("gpu")
-"""Of training and evaluation. All pods of a compiled pipeline have it in `TUNELINE_IMAGE`: it is a
-part of what identifies a training."""
+"""Of training and evaluation. All pods of a compiled pipeline have it in `TUNELINE_IMAGE`, and the
+other one in `TUNELINE_CPU_IMAGE`: both are a part of what identifies a training."""

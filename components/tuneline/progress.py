@@ -3,13 +3,17 @@
 `report` prints a line that stays. `tick` prints progress that replaces the one before where a
 terminal shows it; elsewhere the caller's pace decides how many lines there are. `record` is for
 the process that started the step.
+
+A terminal gets the lines without their prefixes, and progress as one line that changes.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import resource
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -23,15 +27,43 @@ def ranks() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+_tick_stands = False
+
+
 def report(text: str) -> None:
     """A line for the person who runs the step; of several processes the first one says it."""
-    if ranks()[0] == 0:
+    if ranks()[0] > 0:
+        return
+    if _is_terminal():
+        _end_tick()
+        print(text if text.startswith("==") else f"  {text}", flush=True)
+    else:
         print(f"{REPORT_PREFIX}{text}", flush=True)
 
 
 def tick(text: str) -> None:
     """Progress that the next line may replace."""
-    print(f"{TICK_PREFIX}{text}", flush=True)
+    global _tick_stands
+    if not _is_terminal():
+        print(f"{TICK_PREFIX}{text}", flush=True)
+        return
+    if not _tick_stands:
+        atexit.register(_end_tick)
+    _tick_stands = True
+    # one that wraps could not be replaced
+    print(f"\r\033[K  {text}"[: shutil.get_terminal_size().columns + 3], end="", flush=True)
+
+
+def _is_terminal() -> bool:
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _end_tick() -> None:
+    global _tick_stands
+    if _tick_stands:
+        print("\r\033[K", end="", flush=True)
+        _tick_stands = False
+        atexit.unregister(_end_tick)
 
 
 def minutes(seconds: float) -> str:
@@ -52,6 +84,7 @@ def record(**values: str | float) -> None:
 
 def complain(text: str) -> None:
     """The sentence that a failed step ends with."""
+    _end_tick()
     sys.stdout.flush()
     print(f"error: {text}", file=sys.stderr, flush=True)
 

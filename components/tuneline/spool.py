@@ -8,6 +8,9 @@ next one that opens it.
 Nothing is sent twice. An attempt whose answer was lost is repeated with the same times, which a
 server that keys its points by name, step, time and value takes as the same; and a resumed run,
 which computes some steps again, adds nothing for steps that are in the file already.
+
+A file holds up nothing: a line that a power cut has damaged is left out, and a file that the server
+refuses for good is set aside, each with a warning that names it.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +35,10 @@ _BATCH_FIGURES: Final = 1000
 """MLflow takes no more in a request."""
 
 
+class Refused(RegistryError):
+    """The server will never take what it was sent."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """Figures measured together."""
@@ -42,6 +49,10 @@ class Entry:
     """Of the measurement, milliseconds since 1970."""
     status: str = ""
     """How the run ended, in its last entry."""
+    params: dict[str, str] = field(default_factory=dict)
+    """Settings of the run."""
+    about: dict[str, str] = field(default_factory=dict)
+    """Whose figures follow, in the first entry."""
 
 
 class Spool:
@@ -49,8 +60,13 @@ class Spool:
 
     Args:
         path: of the file; made with its folder, or gone on from.
-        send: delivers entries, or raises RegistryError, after which it is called again with them.
-        known: figure -> the last step that was sent before, from another file.
+        send: delivers entries, or raises RegistryError, after which it is called again with them,
+            or Refused, after which it is not.
+        about: whose figures they are, for a process that finds the file.
+
+    Attributes:
+        finished: the file says how the run ended.
+        refused: the server has refused the file for good; closing sets it aside.
 
     Raises:
         BlockingIOError: another process has it open.
@@ -60,7 +76,7 @@ class Spool:
         self,
         path: Path,
         send: Callable[[Sequence[Entry]], None],
-        known: Mapping[str, int] | None = None,
+        about: Mapping[str, str] | None = None,
     ) -> None:
         self._path = path
         self._sent_path = path.with_suffix(".sent")
@@ -70,8 +86,9 @@ class Spool:
         self._abandoned = threading.Event()
         """Patience is over: from now on the files are another spool's."""
         self._complained = False
+        self.refused = False
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._latest: dict[str, int] = dict(known or {})
+        self._latest: dict[str, int] = {}
         self._file = path.open("ab")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -80,12 +97,16 @@ class Spool:
             raise
         except OSError:  # a file system without locks
             pass
-        self._sent = self._read_sent()
-        entries = self._entries(0)
+        entries, end, damaged = _read(path, 0)
+        if damaged:
+            report(f"warning: {path}: damaged lines are left out: {damaged}")
         for entry, _ in entries:
             self._remember(entry)
-        self._file.truncate(entries[-1][1] if entries else 0)  # half a line that a kill left
+        self._file.truncate(end)  # half a line that a kill left
+        self._sent = self._read_sent(end)
         self.finished = bool(entries) and entries[-1][0].status != ""
+        if not entries and about:
+            self._append(Entry({}, 0, int(time.time() * 1000), about=dict(about)))
         self._thread = threading.Thread(target=self._run, name="tuneline-spool", daemon=True)
         self._thread.start()
 
@@ -95,6 +116,10 @@ class Spool:
         if not fresh:
             return
         self._append(Entry(fresh, step, int(time.time() * 1000)))
+
+    def put_params(self, params: Mapping[str, str]) -> None:
+        """Add settings of the run."""
+        self._append(Entry({}, 0, int(time.time() * 1000), params=dict(params)))
 
     def put_status(self, status: str) -> None:
         """Add how the run ended."""
@@ -118,6 +143,10 @@ class Spool:
         self._thread.join(patience_seconds)
         self._abandoned.set()
         self._file.close()  # and gives up the lock
+        if self.refused:
+            self._path.replace(self._refused_path)
+            self._sent_path.unlink(missing_ok=True)
+            return False
         return self._sent == self._path.stat().st_size
 
     def remove(self) -> None:
@@ -125,30 +154,22 @@ class Spool:
         self._path.unlink(missing_ok=True)
         self._sent_path.unlink(missing_ok=True)
 
-    def _entries(self, start: int) -> list[tuple[Entry, int]]:
-        with self._path.open("rb") as file:
-            file.seek(start)
-            content = file.read()
-        entries = []
-        position = start
-        for line in content.splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                break
-            position += len(line)
-            entries.append((Entry(**json.loads(line)), position))
-        return entries
+    @property
+    def _refused_path(self) -> Path:
+        return self._path.with_name(self._path.name + ".refused")
 
-    def _read_sent(self) -> int:
+    def _read_sent(self, size: int) -> int:
         try:
-            return int(self._sent_path.read_text())
-        except FileNotFoundError:
+            sent = int(self._sent_path.read_text())
+        except (FileNotFoundError, ValueError):  # a power cut leaves an empty one
             return 0
+        return sent if 0 <= sent <= size else 0
 
     def _run(self) -> None:
         pause = _LINGER_SECONDS
         while not self._abandoned.is_set():
             try:
-                waiting = self._entries(self._sent)
+                waiting, whole, _ = _read(self._path, self._sent)
                 if waiting:
                     # first on this disk: what was sent must not be computed and sent again
                     with self._path.open("rb") as file:
@@ -164,7 +185,10 @@ class Spool:
                     break
                 batch.append(entry)
                 end = position
+            if len(batch) == len(waiting):
+                end = whole  # with what is damaged behind it
             if not batch:
+                self._sent = end
                 if self._closing.is_set():
                     return
                 self._wake.wait()
@@ -173,6 +197,13 @@ class Spool:
                 continue
             try:
                 self._send(batch)
+            except Refused as error:
+                report(
+                    f"warning: MLflow refuses the metrics in {self._path} for good, they are kept "
+                    f"in {self._refused_path}: {error}"
+                )
+                self.refused = True
+                return
             except RegistryError as error:
                 if not self._complained:
                     report(f"warning: metrics wait in {self._path} until MLflow is back: {error}")
@@ -193,6 +224,40 @@ class Spool:
 
     def _note_sent(self, end: int) -> None:
         aside = self._sent_path.with_suffix(".partial")
-        aside.write_text(str(end))
+        with aside.open("w") as file:
+            file.write(str(end))
+            file.flush()
+            os.fsync(file.fileno())
         aside.replace(self._sent_path)
         self._sent = end
+
+
+def about(path: Path) -> dict[str, str]:
+    """Whose figures a file holds, empty if it does not say."""
+    entries, _, _ = _read(path, 0)
+    return entries[0][0].about if entries else {}
+
+
+def _read(path: Path, start: int) -> tuple[list[tuple[Entry, int]], int, list[int]]:
+    """Entries with the positions of their ends, that of the last whole line, and the numbers of the
+    lines that are none."""
+    with path.open("rb") as file:
+        file.seek(start)
+        content = file.read()
+    entries, damaged = [], []
+    position = start
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        position += len(line) + 1
+        try:
+            entry = Entry(**json.loads(line))
+            entries.append((_checked(entry), position))
+        except (ValueError, TypeError, AttributeError):
+            damaged.append(number)
+    return entries, position, damaged
+
+
+def _checked(entry: Entry) -> Entry:
+    values = (*entry.metrics.values(), entry.step, entry.time_ms)
+    if not all(isinstance(value, int | float) for value in values):
+        raise TypeError
+    return entry

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -21,11 +22,13 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from safetensors import SafetensorError
 
-from tuneline import form, pools, recipe
-from tuneline.base_model import cache_dir
+from tuneline import by_uri, form, pools, recipe
+from tuneline.artifacts import MANIFEST, digest_of
+from tuneline.base_model import CODE_PIN, cache_dir, is_local
 from tuneline.errors import (
     EXIT_FAILED,
     EXIT_TERMINATED,
+    DataError,
     RecipeError,
     RegistryError,
     Terminated,
@@ -36,6 +39,7 @@ from tuneline.termination import raise_on_sigterm
 from tuneline.tracking import Step, TrackedStep, finish_run, mlflow_errors, tracked
 
 if TYPE_CHECKING:
+    from tuneline.artifacts import Artifact
     from tuneline.compare.leg import Job
 
 T = TypeVar("T")
@@ -43,6 +47,7 @@ RESOLVED: Final = ("data", "training", "evaluation", "gate", "export", "registry
 """The sections that the steps of a pipeline read."""
 NOT_REGISTERED: Final = 0
 """In place of a version: the gate refused the model, and the recipe says to skip it then."""
+_MOST_FILES: Final = 100
 _TORCH = ("torch", "transformers", "peft")
 
 
@@ -92,6 +97,7 @@ def _step(
     imports: tuple[str, ...] = (),
     *,
     pipeline: str = "finetune",
+    is_patient: bool = False,
 ) -> Iterator[Step]:
     report(f"== {task}")
     quiet_libraries()
@@ -100,7 +106,9 @@ def _step(
     # what a step takes is counted from here: its own work, MLflow's record of it included, not the
     # start of its process and its imports
     started = time.monotonic()
-    with tracked(run_id, task, experiment=experiment, pipeline=pipeline) as step:
+    with tracked(
+        run_id, task, experiment=experiment, pipeline=pipeline, is_patient=is_patient
+    ) as step:
         yield step
         peak = peak_memory_bytes()
         seconds = time.monotonic() - started
@@ -137,19 +145,44 @@ def check_recipe(
 
 def _resolved(checked: recipe.Recipe, step: Step) -> dict[str, Any]:
     _check_evaluation(checked.evaluation)
+    _tell_of_context(checked)
     values = checked.model_dump(mode="json", exclude_none=True)  # KFP has no null in a dict
     step.log_params({section: values[section] for section in recipe.SECTIONS})
     return values
 
 
 def _check_evaluation(evaluation: recipe.EvaluationSection) -> None:
-    """Refuse tasks and an engine that the evaluation would miss after hours of training."""
+    """Refuse files, tasks and an engine that the evaluation would miss after hours of training."""
+    from tuneline.evaluate.forgetting import faults_of_text_sets
     from tuneline.evaluate.task_files import faults_of_tasks
     from tuneline.evaluate.vllm_answers import faults_of_engine
 
-    faults = faults_of_tasks(evaluation) + faults_of_engine(evaluation.engine)
+    faults = [
+        *faults_of_text_sets(evaluation.forgetting_sets),
+        *faults_of_tasks(evaluation),
+        *faults_of_engine(evaluation.engine),
+    ]
     if faults:
         raise RecipeError("evaluation", faults)
+
+
+def _tell_of_context(checked: recipe.Recipe) -> None:
+    """Say before the training that rows may not fit, where the base is a folder to look into."""
+    reference = checked.model.base_model.partition(CODE_PIN)[0]
+    if not is_local(reference):
+        return
+    try:
+        config = json.loads((Path(reference).expanduser() / "config.json").read_text("utf-8"))
+        context = int(config["max_position_embeddings"])
+    except (OSError, ValueError, LookupError, TypeError):  # what is wrong with it is told later
+        return
+    longest = checked.data.max_seq_len + (checked.evaluation.max_new_tokens or 0)
+    if longest > context:
+        report(
+            f"warning: data.max_seq_len {checked.data.max_seq_len} and evaluation.max_new_tokens "
+            f"{checked.evaluation.max_new_tokens or 0} are more than the model's context of "
+            f"{context} tokens: prompts that leave no room for an answer will lose their start"
+        )
 
 
 def resolve_pool(gpu_pool: str, run_id: str, experiment: str) -> tuple[Any, ...]:
@@ -170,10 +203,12 @@ def check_retrain(
     """Check a filled run form, and find out whether there is anything to do.
 
     Returns:
-        The base model, the sections `RESOLVED`, the method, and the decision: what to do, why, the
-        content key, and the version that the same work has given, or 0.
+        The base model, the sections `RESOLVED`, the method, what the data and the base model were
+        (for `prepare_data`, which reads them later), and the decision: what to do, why, the content
+        key, and the version that the same work has given, or 0.
     """
     from tuneline import base_model
+    from tuneline.data_prep.sources import pinned
     from tuneline.retrain import decide, ledger
     from tuneline.retrain.profile import profile_of
 
@@ -185,18 +220,24 @@ def check_retrain(
             raise RegistryError(
                 "retraining needs MLflow, where it finds out what was done: set MLFLOW_TRACKING_URI"
             )
-        profile = profile_of(checked.data)
-        base = base_model.resolve(checked.model.base_model)
-        key = decide.key_of(checked, profile, base.digest)
+        sources = {
+            name: tuple(map(pinned, getattr(checked.data, name)))
+            for name in ("train", "test", "evaluation_sets")
+        }
+        data = checked.data.model_copy(update=sources)
+        profile = profile_of(data)
+        base_key = base_model.content_key(checked.model.base_model)
+        work = decide.work_of(checked, base_key)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / ledger.PROFILE
             path.write_text(json.dumps(profile.as_json()), encoding="utf-8")
             step.log_file(path)
         with mlflow_errors("deciding whether to retrain"):
-            decision = decide.decide(step.client, checked, profile, key, run_id, step.run_id)
+            decision = decide.decide(step.client, checked, profile, work, run_id, step.run_id)
         report(f"{decision.action}: {decision.reason}")
-        resolved = _resolved(checked, step)
-        step.log_params({"decision": decision.action, "reason": decision.reason, "key": key})
+        resolved = _resolved(checked.model_copy(update={"data": data}), step)
+        told = {"decision": decision.action, "reason": decision.reason, "key": decision.key}
+        step.log_params(told)
         step.log_metrics({"train_rows": profile.rows})
     if decision.action == "nothing":
         finish_run(run_id, experiment)
@@ -204,25 +245,98 @@ def check_retrain(
         resolved["model"]["base_model"],
         *(resolved[section] for section in RESOLVED),
         resolved["method"],
-        *(decision.action, decision.reason, key, decision.version),
+        _expected(profile.digests, base_key),
+        *(decision.action, decision.reason, decision.key, decision.version),
+    )
+
+
+def _expected(digests: Mapping[str, str], base_key: str) -> dict[str, Any]:
+    """What `_check_expected` compares. A parameter has a limit of size, and a glob many files."""
+    return {
+        "data": digest_of(dict(sorted(digests.items()))),
+        "files": dict(digests) if len(digests) <= _MOST_FILES else {},
+        # a hub model's reference names its commit, which can't change
+        "base_model": base_key if base_key.startswith("sha256:") else "",
+    }
+
+
+def _check_expected(dataset: Artifact, expected: Mapping[str, Any]) -> None:
+    """Refuse a PreparedDataset of another state of things than was decided on."""
+    found, files = dataset.manifest.inputs, expected["files"]
+    changed = "the data"
+    if digest_of(dict(sorted(found.items()))) == expected["data"]:
+        if expected["base_model"] in ("", dataset.manifest.base_model["digest"]):
+            return
+        changed = "the base model"
+    elif files:
+        names = sorted(n for n in {*found, *files} if found.get(n) != files.get(n))
+        changed = f"the data ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    raise DataError(
+        f"{changed} changed after check_retrain had decided on it, so that this run's content key "
+        "would stand for something else: run the retraining again, it begins with what is there now"
     )
 
 
 def prepare_data(
-    base_model: str, data: Mapping[str, Any], output: str, run_id: str = "", experiment: str = ""
+    base_model: str,
+    data: Mapping[str, Any],
+    output: str,
+    run_id: str = "",
+    experiment: str = "",
+    *,
+    evaluation: Mapping[str, Any] | None = None,
+    gate: Mapping[str, Any] | None = None,
+    expected: Mapping[str, Any] | None = None,
 ) -> None:
-    """Raw rows to a PreparedDataset."""
+    """Raw rows to a PreparedDataset, checked for the evaluation and gate that are to come.
+
+    Args:
+        base_model: whose tokenizer and chat template render the rows.
+        data: values of the recipe's section.
+        output: folder to write.
+        run_id: of the pipeline run.
+        experiment: of the run.
+        evaluation: values of the recipe's section; None if there is none to come.
+        gate: the same.
+        expected: what `check_retrain` found, for data that must not have changed since.
+
+    Raises:
+        DataError: a source can't be read, the contract is broken, or the data changed.
+    """
     from tuneline.data_prep.prepare import CONTRACT, PAGE, prepare
 
     with _step("prepare_data", run_id, experiment, ("transformers",)) as step:
         section = recipe.check(recipe.DataSection, data, source="data")
         dataset = prepare(base_model, section, Path(output), step)
+        if expected:
+            try:
+                _check_expected(dataset, expected)
+            except DataError:
+                shutil.rmtree(output)
+                raise
         contract = dataset.read_json(CONTRACT)
         for split, counts in contract["splits"].items():
             step.log_metrics({f"{split}_rows": counts["rows"], f"{split}_tokens": counts["tokens"]})
         step.log_metrics({check["name"]: check["value"] for check in contract["checks"]})
         for name in (CONTRACT, PAGE):
             step.log_file(dataset.path / name)
+        if evaluation is not None:
+            _check_fits(base_model, dataset, evaluation, gate)
+
+
+def _check_fits(
+    base_model: str,
+    dataset: Artifact,
+    evaluation: Mapping[str, Any],
+    gate: Mapping[str, Any] | None,
+) -> None:
+    from tuneline.base_model import resolve
+    from tuneline.evaluate.evaluate import check_fits
+
+    measured = recipe.check(recipe.EvaluationSection, evaluation, source="evaluation")
+    conditions = None if gate is None else recipe.check(recipe.GateSection, gate, source="gate")
+    base = resolve(base_model, digest=dataset.manifest.base_model["digest"])
+    check_fits(base, dataset, measured, conditions)
 
 
 def finetune(
@@ -254,15 +368,19 @@ def finetune(
     settings = recipe.method_settings(method)
     section = recipe.check(recipe.TrainingSection, training, source="training")
     task = f"finetune_{method.get('name', 'lora')}"
-    with _step(task, run_id, experiment, _TORCH) as step:
+    with _step(task, run_id, experiment, _TORCH, is_patient=True) as step:
         if ranks()[0] > 0:
             train.accompany(base_model, Path(dataset), settings, section)
             return
         adapter = train.finetune(base_model, Path(dataset), settings, section, Path(output), step)
         digest = adapter.manifest.inputs["prepared_dataset"]
+        place = by_uri.leave(adapter.path) if run_id else ""
         try:
             step.log_dataset("train", digest, "training")
-            step.log_folder(adapter.path, "adapter")
+            if place:
+                step.log_params({"adapter": place})
+            else:
+                step.log_folder(adapter.path, "adapter")
         except RegistryError as error:  # the adapter is there; a retry would train it again
             report(f"warning: the adapter is not in MLflow: {error}")
 
@@ -289,7 +407,7 @@ def evaluate(
     with _step("evaluate", run_id, experiment, _TORCH) as step:
         result = compare(
             base_model,
-            Path(adapter),
+            by_uri.fetch(Path(adapter)),
             Path(dataset),
             measured,
             conditions,
@@ -327,20 +445,20 @@ def merge(
         eval_report: the adapter's EvalReport, for the model card.
     """
     from tuneline import object_store
-    from tuneline.artifacts import MANIFEST, digest_of
     from tuneline.merge.merge import merge as merge_adapter
 
     section = recipe.check(recipe.ExportSection, export, source="export")
     with _step("merge", run_id, experiment, _TORCH) as step:
+        trained, *further = [by_uri.fetch(Path(path)) for path in (adapter, *also)]
 
         def write(folder: Path) -> None:
             model = merge_adapter(
                 base_model,
-                Path(adapter),
+                trained,
                 section,
                 folder,
                 step,
-                also=[Path(path) for path in also],
+                also=further,
                 dataset_dir=Path(dataset) if dataset else None,
                 report_dir=Path(eval_report) if eval_report else None,
             )
@@ -352,11 +470,13 @@ def merge(
                 report(f"warning: the merge's card and proof are not in MLflow: {error}")
 
         if object_store.is_remote(output):
-            adapters = [(Path(p) / MANIFEST).read_text(encoding="utf-8") for p in (adapter, *also)]
+            adapters = [(p / MANIFEST).read_text(encoding="utf-8") for p in (trained, *further)]
             key = digest_of([base_model, adapters, section.model_dump(mode="json")])
             object_store.by_way_of(output, cache_dir() / "outgoing", key, write)
         else:
             write(Path(output))
+            if run_id and (place := by_uri.leave(Path(output))):
+                step.log_params({"model": place})
 
 
 def register(
@@ -382,7 +502,7 @@ def register(
             report("not registered: the gate refused the model, and gate.refused is skip")
             return NOT_REGISTERED
         return register_version(
-            Path(model),
+            by_uri.fetch(Path(model)),
             Path(eval_report),
             section.model_name,
             run_id,
@@ -513,6 +633,8 @@ def compare_leg(
         shared = {"MLFLOW_RUN_ID": step.run_id} if isinstance(step, TrackedStep) else {}
         row = run_watched(job, shared)
         step.log_metrics({k: v for k, v in row.items() if isinstance(v, int | float)})
+        if run_id and (Path(adapter) / MANIFEST).is_file():
+            by_uri.leave(Path(adapter))
         if row["status"] == FAILED:
             report(f"{row['leg']} failed: {row['reason']}")
             step.log_params({"failed": row["reason"]})
@@ -529,7 +651,7 @@ def train_leg(job: Job) -> dict[str, Any]:
     """What the process of a leg does; returns its row."""
     from tuneline.compare.leg import run_leg
 
-    with _step(_task_of(job), job.run_id, job.experiment, _TORCH) as step:
+    with _step(_task_of(job), job.run_id, job.experiment, _TORCH, is_patient=True) as step:
         return run_leg(job, step)
 
 

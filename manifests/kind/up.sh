@@ -25,7 +25,7 @@ kind load docker-image "$image" --name "$name"
 manifests/secrets.sh --context "kind-$name"
 
 # jobs of an earlier call can't be changed
-"${kubectl[@]}" -n tuneline delete job tuneline-mlflow-migrate tuneline-object-store-buckets --ignore-not-found
+"${kubectl[@]}" -n tuneline delete job tuneline-mlflow-migrate tuneline-mlflow-users tuneline-object-store-buckets --ignore-not-found
 kubectl kustomize manifests/overlays/local |
     sed "s|image: tuneline-cpu:.*\$|image: $image|" |
     "${kubectl[@]}" apply -f -
@@ -33,6 +33,8 @@ kubectl kustomize manifests/overlays/local |
 for deployment in kubeflow/ml-pipeline kubeflow/ml-pipeline-ui tuneline/tuneline-mlflow; do
     "${kubectl[@]}" -n "${deployment%/*}" rollout status "deployment/${deployment#*/}" --timeout 20m
 done
+# the user that steps are in MLflow
+"${kubectl[@]}" -n tuneline wait --for=condition=complete job/tuneline-mlflow-users --timeout 10m
 
 cat << END
 

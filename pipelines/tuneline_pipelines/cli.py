@@ -342,21 +342,13 @@ def _add_compile(commands: Any) -> None:
         metavar="FILE",
         help="pools.yaml whose pools the run forms offer (default: TUNELINE_POOLS, or built in)",
     )
-    compile_.add_argument(
-        "--images",
-        type=Path,
-        metavar="FILE",
-        help="images.lock with a reference for each image (default: TUNELINE_IMAGES, or tags)",
-    )
-    compile_.add_argument(
-        "--release", action="store_true", help="refuse images that are not named by digest"
-    )
+    cluster_cli.add_images(compile_)
+    cluster_cli.add_release(compile_)
     compile_.set_defaults(command=_compile)
 
 
 def _compile(options: argparse.Namespace) -> int:
-    if options.images:
-        os.environ["TUNELINE_IMAGES"] = str(options.images)  # before a component reads it
+    cluster_cli.use_images(options)
     from tuneline import pools
     from tuneline_pipelines.compile import compile_pipelines
 

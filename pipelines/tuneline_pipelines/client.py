@@ -280,6 +280,17 @@ class Submission:
         return digest_of([what, dict(self.arguments), self.service_account])
 
 
+def _plugins_input(package: Package, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Where KFP's MLflow plugin puts the run: into the experiment of the run's own parameters.
+
+    A server without the plugin takes it too, and does nothing with it. A recurring run must not
+    have it: `tuneline_pipelines.schedules` says why.
+    """
+    given = package.inputs.get("experiment", {})
+    name = arguments.get("experiment") or given.get("defaultValue")
+    return {"mlflow": {"experiment_name": name}} if name else None
+
+
 def submit(connection: Connection, submission: Submission) -> tuple[Any, bool]:
     """Make a run unless it is there already; returns it, and whether it was made now.
 
@@ -289,6 +300,8 @@ def submit(connection: Connection, submission: Submission) -> tuple[Any, bool]:
     import kfp_server_api
 
     where = experiment_id(connection, submission.experiment)
+    source = submission.source
+    package = source.package if isinstance(source, Version) else source
     marker = f"digest={submission.digest}"
 
     def named() -> list[Any]:
@@ -310,13 +323,13 @@ def submit(connection: Connection, submission: Submission) -> tuple[Any, bool]:
                 "parameters: choose another submission id"
             )
         return run, False
-    source = submission.source
     body = kfp_server_api.V2beta1Run(
         display_name=submission.name,
         description=f"Submitted by tuneline {__version__}, {marker}",
         experiment_id=where,
         runtime_config=kfp_server_api.V2beta1RuntimeConfig(parameters=dict(submission.arguments)),
         service_account=submission.service_account or None,
+        plugins_input=_plugins_input(package, submission.arguments),
     )
     if isinstance(source, Version):
         body.pipeline_version_reference = kfp_server_api.V2beta1PipelineVersionReference(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import secrets
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _EXIT_DIFFERS: Final = 3
 _EXIT_INTERRUPTED: Final = 130
 _LONGEST_STEM: Final = 80
-_PIPELINES: Final = ("finetune", "retrain", "compare")
+_PIPELINES: Final = ("finetune", "retrain", "compare", "promote")
 
 
 def add_commands(commands: Any) -> None:
@@ -49,6 +50,40 @@ def add_server(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says which images a package names."""
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="FILE",
+        help="images.lock with a reference for each image (default: TUNELINE_IMAGES, or tags)",
+    )
+
+
+def add_release(parser: argparse.ArgumentParser) -> None:
+    """Add the option that asks for digests."""
+    parser.add_argument(
+        "--release", action="store_true", help="refuse images that are not named by digest"
+    )
+
+
+def use_images(options: argparse.Namespace) -> None:
+    """Take `--images`; before a component is imported, which reads it."""
+    if options.images:
+        os.environ["TUNELINE_IMAGES"] = str(options.images)
+
+
+def _warn_of_images(packages: Sequence[Package]) -> None:
+    moving = sorted({image for package in packages for image in package.moving_images})
+    if moving:
+        print(
+            f"warning: {', '.join(moving)} can be other content tomorrow, which no content key "
+            "would see: name images by digest, as --images FILE does with the file of "
+            "`make push-images`",
+            file=sys.stderr,
+        )
+
+
 def _connect(options: argparse.Namespace) -> Connection:
     from tuneline_pipelines.connection import Connection
 
@@ -66,19 +101,36 @@ def _add_publish(commands: Any) -> None:
     what.add_argument(
         "--pools", type=Path, metavar="FILE", help="pools.yaml to compile with, as for compile"
     )
+    add_images(publish)
+    add_release(publish)
     add_server(publish)
     publish.set_defaults(command=_publish)
 
 
 def _publish(options: argparse.Namespace) -> int:
+    if options.packages and options.images:
+        raise UsageError(
+            "--images is for packages that are compiled now: those of --packages name theirs"
+        )
+    use_images(options)
     from tuneline_pipelines import client, packages
 
+    if options.packages:
+        found = packages.read_folder(options.packages)
+        faults = [
+            f"{package.name}: {', '.join(package.moving_images)}"
+            for package in found
+            if options.release and package.moving_images
+        ]
+        if faults:
+            raise UsageError(
+                "nothing is published: a release names its images by digest:\n"
+                + "\n".join(f"- {fault}" for fault in faults)
+            )
+    else:
+        found = list(packages.compile_all(options.pools, release=options.release).values())
+    _warn_of_images(found)
     connection = _connect(options)
-    found = (
-        packages.read_folder(options.packages)
-        if options.packages
-        else list(packages.compile_all(options.pools).values())
-    )
     for done in client.publish(connection, found):
         what = "uploaded" if done.uploaded else "was there"
         print(f"{what:<10}{done.name} {done.version_name}", flush=True)
@@ -100,6 +152,9 @@ def _add_submit(commands: Any) -> None:
     submit.add_argument(
         "--methods", metavar="NAME,NAME", help="that compare trains (default: all of them)"
     )
+    submit.add_argument(
+        "--model-version", type=_positive, metavar="N", help="of the model, that promote is about"
+    )
     submit.add_argument("--pool", metavar="NAME", help="node pool (default: the package's)")
     submit.add_argument(
         "--set",
@@ -114,6 +169,7 @@ def _add_submit(commands: Any) -> None:
     what.add_argument(
         "--package", type=Path, metavar="FILE", help="compiled package that goes with this run only"
     )
+    add_images(submit)
     submit.add_argument(
         "--experiment", metavar="NAME", help="of KFP (default: the recipe's registry.experiment)"
     )
@@ -131,34 +187,55 @@ def _add_submit(commands: Any) -> None:
 
 
 def _submit(options: argparse.Namespace) -> int:
+    use_images(options)
     from tuneline import recipe
     from tuneline.compare.legs import ALL, legs_of
     from tuneline_pipelines import client
 
-    compares = options.pipeline == "compare"
+    compares, promotes = options.pipeline == "compare", options.pipeline == "promote"
     if options.methods and not compares:
         raise UsageError("--methods belongs to --pipeline compare: use --method here")
     if options.method and compares:
         raise UsageError("compare trains several methods: use --methods")
-    overrides = list(options.overrides)
+    if promotes != (options.model_version is not None):
+        raise UsageError(
+            "promote is about one version of the model: name it with --model-version N"
+            if promotes
+            else "--model-version belongs to --pipeline promote: leave it out"
+        )
+    values = recipe.read_values(options.recipe)
     if options.method:
-        overrides.insert(0, f"method.name={options.method}")
-    resolved = recipe.read(options.recipe, overrides, exports=not compares)
+        values, dropped = recipe.with_method(values, options.method)
+        if dropped:
+            print(
+                f"{options.method} has no {', '.join(dropped)}: left out of the recipe's method",
+                file=sys.stderr,
+            )
+    resolved = recipe.resolve(
+        recipe.apply_overrides(values, options.overrides),
+        source=str(options.recipe),
+        exports=not compares,
+    )
     methods = [name.strip() for name in (options.methods or ALL).split(",") if name.strip()]
     if compares:
         legs_of(resolved, methods, source=str(options.recipe))
     connection = _connect(options)
     source = _source(options, connection, resolved)
     package = source.package if isinstance(source, client.Version) else source
+    _warn_of_images([package])
     token = options.submission_id or secrets.token_hex(6)
     submission = client.Submission(
         name=f"{options.recipe.stem[:_LONGEST_STEM]} {token}",
         source=source,
         arguments=client.arguments_of(
             package,
-            resolved,
+            None if promotes else resolved,
             pool=options.pool,
-            further={"methods": methods} if compares else {},
+            further={"methods": methods}
+            if compares
+            else _promotion(resolved, options.model_version)
+            if promotes
+            else {},
         ),
         experiment=options.experiment or resolved.registry.experiment,
         service_account=options.service_account,
@@ -177,6 +254,16 @@ def _submit(options: argparse.Namespace) -> int:
     print(f"{'run':<11}{run.run_id}")
     print(f"{'page':<11}{connection.host}/#/runs/details/{run.run_id}", flush=True)
     return _follow(connection, run.run_id, package) if options.wait else 0
+
+
+def _promotion(resolved: Recipe, version: int) -> dict[str, Any]:
+    registry = resolved.registry
+    return {
+        "model_name": registry.model_name,
+        "version": version,
+        "copy_to_model": registry.to_model or "",
+        "experiment": registry.experiment,
+    }
 
 
 def _source(

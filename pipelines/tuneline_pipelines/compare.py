@@ -54,7 +54,12 @@ def build(place: Place, *, parallelism: int, default_pool: str) -> dsl.base_comp
         )
         pool = resolve_pool(**run, gpu_pool=gpu_pool).after(checked)
         shared = {**run, "base_model": checked.outputs["base_model"]}
-        prepared = prepare_data(**shared, data=checked.outputs["data"]).after(pool)
+        prepared = prepare_data(
+            **shared,
+            data=checked.outputs["data"],
+            evaluation=checked.outputs["evaluation"],
+            expected={},
+        ).after(pool)
         measured = measure_base(
             **shared, dataset=prepared.outputs["dataset"], evaluation=checked.outputs["evaluation"]
         )

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
+from tuneline.base_model import CODE_PIN, HUB_SCHEME, cache_dir, check_folder, weight_files
 from tuneline.errors import TunelineError
+from tuneline.recipe import is_task_file
 
 if TYPE_CHECKING:
     from docker import DockerClient
@@ -28,17 +30,25 @@ HOME: Final = "/home/tuneline"
 CACHE: Final = "/var/cache/tuneline"
 STOP_SECONDS: Final = 30
 """Grace period of a step, as on a cluster: training writes a checkpoint."""
-_HANDED_IN: Final = ("MLFLOW_", "TUNELINE_", "AWS_", "HF_TOKEN", "HF_HUB_OFFLINE", "OMP_")
+_HANDED_IN: Final = (
+    "MLFLOW_", "TUNELINE_", "AWS_", "HF_TOKEN", "HF_HUB_OFFLINE", "HF_ENDPOINT",
+    "GOOGLE_APPLICATION_CREDENTIALS", "OMP_",
+)  # fmt: skip
 """What the names of the variables begin with."""
 _LOCAL_SCHEMES: Final = ("", "sqlite", "file")
+_ADDRESSES: Final = (
+    "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3",
+    "TUNELINE_CHECKPOINTS",
+)  # fmt: skip
+"""Variables that name something that every run reaches."""
 
 
 def runner(recipe: Recipe, workdir: Path) -> local.DockerRunner:
     """A runner whose containers see the work folder, the cache, and the recipe's own files.
 
-    The root file system is read-only, no capability is left, and there is no network, unless MLflow
-    or an object store has to be reached. As root the work folder is given to the images' user;
-    anyone else's containers run as that user.
+    The root file system is read-only, no capability is left, and there is no network, unless the
+    environment or the recipe names something on another machine. As root the work folder is given
+    to the images' user; anyone else's containers run as that user.
 
     Args:
         recipe: whose local paths are mounted, read-only.
@@ -50,7 +60,6 @@ def runner(recipe: Recipe, workdir: Path) -> local.DockerRunner:
     from docker.types import Mount
     from kfp import local
 
-    from tuneline.base_model import cache_dir
     from tuneline.checkpoints_root import ROOT_VARIABLE, remote_root
 
     environment = {name: value for name, value in os.environ.items() if name.startswith(_HANDED_IN)}
@@ -72,12 +81,15 @@ def runner(recipe: Recipe, workdir: Path) -> local.DockerRunner:
             f"{error.filename} can't be made for the containers ({error.strerror}): name another "
             "folder with --workdir or TUNELINE_CACHE"
         ) from error
+    network = _network(recipe, environment)
+    if network == "none":
+        environment.setdefault("HF_HUB_OFFLINE", "1")  # what is in the cache, without trying first
     readable = _readable([recipe.model_dump(mode="json"), environment], set(writable.values()))
     user, group = (USER, USER) if os.getuid() == 0 else (os.getuid(), os.getgid())
     return local.DockerRunner(
         user=f"{user}:{group}",
         environment={**environment, "TUNELINE_CACHE": CACHE, "HOME": HOME},
-        network_mode=_network(environment),
+        network_mode=network,
         read_only=True,
         tmpfs={"/tmp": "mode=1777", HOME: f"mode=1777,uid={user}"},
         cap_drop=["ALL"],
@@ -97,17 +109,46 @@ def _give(folder: Path) -> None:
         os.chown(path, USER, USER, follow_symlinks=False)
 
 
-def _network(environment: dict[str, str]) -> str:
+def _network(recipe: Recipe, environment: dict[str, str]) -> str:
     """`none` where nothing is to be reached; the host's own for a server on its loopback."""
-    named = [
-        environment.get(name, "")
-        for name in ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "TUNELINE_CHECKPOINTS")
-    ]
-    servers = [uri for uri in map(urlsplit, named) if uri.scheme not in _LOCAL_SCHEMES]
+    named = [environment[name] for name in _ADDRESSES if environment.get(name)]
+    remote = _remote(recipe, environment)
+    if any(reference.startswith(HUB_SCHEME) for reference in remote):
+        named += [environment["HF_ENDPOINT"]] if environment.get("HF_ENDPOINT") else []
+    servers = [uri for uri in map(urlsplit, named + remote) if uri.scheme not in _LOCAL_SCHEMES]
     if not servers:
         return "none"
     loopback = any(uri.hostname in ("localhost", "127.0.0.1", "::1") for uri in servers)
     return "host" if loopback else "bridge"
+
+
+def _remote(recipe: Recipe, environment: dict[str, str]) -> list[str]:
+    """What the recipe names and a step has to fetch from another machine."""
+    data = recipe.data
+    sources = {source.path for source in (*data.train, *data.test, *data.evaluation_sets)}
+    base = recipe.model.base_model.partition(CODE_PIN)[0]
+    found = [reference for reference in sorted(sources) if "://" in reference]
+    found += [base] if "://" in base and not _is_in_cache(base) else []
+    # lm-eval's own tasks bring their documents from the hub
+    tasks = recipe.evaluation.tasks
+    found += [f"{HUB_SCHEME}{task}" for task in tasks if not is_task_file(task)]
+    if environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        found = [reference for reference in found if not reference.startswith(HUB_SCHEME)]
+    return found
+
+
+def _is_in_cache(reference: str) -> bool:
+    """Whether a base model of the hub lies whole in the cache that containers see."""
+    if not reference.startswith(HUB_SCHEME):
+        return False
+    repository, _, revision = reference.removeprefix(HUB_SCHEME).partition("@")
+    name = f"models--{repository.replace('/', '--')}"
+    folder = cache_dir() / "hub" / name / "snapshots" / revision
+    try:
+        check_folder(folder, reference)
+        return bool(revision) and all(file.is_file() for file in weight_files(folder))
+    except (TunelineError, OSError, ValueError, KeyError):
+        return False
 
 
 def _readable(values: Any, writable: set[Path]) -> list[Path]:

@@ -55,7 +55,13 @@ def build(place: Place, method: Method, *, default_pool: str) -> dsl.base_compon
             "experiment": experiment,
             "base_model": checked.outputs["base_model"],
         }
-        prepared = prepare_data(**shared, data=checked.outputs["data"]).after(pool)
+        prepared = prepare_data(
+            **shared,
+            data=checked.outputs["data"],
+            evaluation=checked.outputs["evaluation"],
+            gate=checked.outputs["gate"],
+            expected={},
+        ).after(pool)
         tuned = finetune_with_method(
             **shared,
             dataset=prepared.outputs["dataset"],

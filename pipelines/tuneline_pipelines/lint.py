@@ -32,6 +32,8 @@ RULES: Final[dict[str, str]] = {
     "image-pinned": "an image has a tag that stays, in a release a digest",
     "secret-named": "a secret or config map has a name",
     "no-secret": "no secret stands in the package",
+    "plugin-variable": "no step sets a variable that KFP's MLflow plugin sets",
+    "non-root": "a step runs as a user that is not root, whatever its image says",
     "importer-on-top": "an importer is not in a condition or loop",
     "workspace-mode": "a workspace says how it is mounted",
 }
@@ -49,6 +51,20 @@ _SECRET: Final = re.compile(r"PASSWORD|PASSWD|TOKEN|SECRET|ACCESS_KEY|API_KEY|CR
 _LEAST_BACKOFF_SECONDS: Final = 24 * 3600
 _DEFAULT_BACKOFF_SECONDS: Final = 3600
 _ROOT: Final = "root"
+# backend/src/v2/common/plugins/mlflow/handler.go of KFP 2.17, RetrieveUserContainerEnvVars
+_PLUGIN_VALUES: Final = (
+    "KFP_MLFLOW_CONFIG",
+    "MLFLOW_EXPERIMENT_ID",
+    "MLFLOW_RUN_ID",
+    "MLFLOW_TRACKING_AUTH",
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_WORKSPACE",
+)
+_PLUGIN_SECRETS: Final = (
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_USERNAME",
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +128,8 @@ def check(documents: Sequence[Any], *, release: bool = False) -> list[Finding]:
     ]
     findings += _images(package, release=release)
     findings += _secrets(package)
+    findings += _plugin_variables(package)
+    findings += _users(package)
     findings += _workspace(package)
     return list(dict.fromkeys(findings))
 
@@ -500,6 +518,53 @@ def _secrets(package: _Package) -> Iterator[Finding]:
                     f"the value of {name} stands in the package, for everyone to read",
                     "kubernetes.use_secret_as_env(task, ...)",
                 )
+
+
+def _plugin_variables(package: _Package) -> Iterator[Finding]:
+    """Argo merges entries of one name: both a value and a source of it are refused by Kubernetes.
+
+    Two references to secrets merge cleanly, and the later one wins.
+    """
+    for label, executor in package.executors.items():
+        placed = _map(package.platform_executors.get(label))
+        named = [
+            (str(_map(entry).get("name", "")), "the container")
+            for entry in _map(_map(executor).get("container")).get("env") or ()
+        ]
+        for key in ("secretAsEnv", "configMapAsEnv"):
+            for entry in placed.get(key) or ():
+                named += [
+                    (str(_map(pair).get("envVar", "")), key)
+                    for pair in _map(entry).get("keyToEnv") or ()
+                ]
+        named += [
+            (str(_map(entry).get("name", "")), "fieldPathAsEnv")
+            for entry in placed.get("fieldPathAsEnv") or ()
+        ]
+        for name, source in named:
+            secret = name in _PLUGIN_SECRETS and source != "secretAsEnv"
+            if secret or name in _PLUGIN_VALUES:
+                yield Finding(
+                    "plugin-variable",
+                    label,
+                    f"{source} sets {name}, as KFP's MLflow plugin does: where it is on, the two "
+                    "are merged into one entry, and Kubernetes refuses the pod",
+                    "set a variable of your own name, and read it where this one is not set",
+                )
+
+
+def _users(package: _Package) -> Iterator[Finding]:
+    for label, executor in package.executors.items():
+        context = _map(_map(package.platform_executors.get(label)).get("securityContext"))
+        if "container" in _map(executor) and not (
+            context.get("runAsNonRoot") and int(context.get("runAsUser") or 0)
+        ):
+            yield Finding(
+                "non-root",
+                label,
+                "nothing keeps the step from running as root",
+                "kubernetes.set_security_context(task, run_as_user=10001, run_as_non_root=True)",
+            )
 
 
 def _workspace(package: _Package) -> Iterator[Finding]:

@@ -21,11 +21,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, TextIO
 
+from tuneline import by_uri
 from tuneline.errors import Terminated, TunelineError
 from tuneline.form import arguments_of
 from tuneline.progress import RECORD_PREFIX, REPORT_PREFIX, TICK_PREFIX, peak_memory_bytes
 from tuneline.recipe import Recipe, method_of
-from tuneline.tracking import safe_uri
+from tuneline.tracking import safe_uri, tracking_uri
 
 SUMMARY: Final = "summary.json"
 OUTCOME: Final = "retrain.json"
@@ -237,9 +238,10 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _track_locally(workdir: Path) -> None:
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
+    if not tracking_uri():
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{workdir / 'mlflow.db'}"
         os.environ["TUNELINE_MLFLOW_ARTIFACTS"] = (workdir / "mlflow-artifacts").as_uri()
+    os.environ.pop(by_uri.VARIABLE, None)  # a pod's: here the work folder has all of a run
 
 
 def _run(

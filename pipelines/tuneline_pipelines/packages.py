@@ -56,6 +56,13 @@ class Package:
         return self.spec["root"].get("inputDefinitions", {}).get("parameters", {})
 
     @property
+    def moving_images(self) -> list[str]:
+        """Images without a digest: what runs can change while the package stays the same."""
+        executors = self.spec.get("deploymentSpec", {}).get("executors", {}).values()
+        images = (executor.get("container", {}).get("image", "") for executor in executors)
+        return sorted({image for image in images if image and "@sha256:" not in image})
+
+    @property
     def body(self) -> dict[str, Any]:
         """As a run takes it that is of no published version."""
         if not self.platform:
@@ -181,11 +188,12 @@ def read_folder(folder: Path) -> list[Package]:
     return list(found.values())
 
 
-def compile_all(pools: Path | None = None) -> dict[str, Package]:
+def compile_all(pools: Path | None = None, *, release: bool = False) -> dict[str, Package]:
     """Every pipeline of this tuneline, by name.
 
     Args:
         pools: file with the node pools that the run forms offer.
+        release: whether images must be named by digest.
     """
     import tempfile
 
@@ -193,5 +201,5 @@ def compile_all(pools: Path | None = None) -> dict[str, Package]:
     from tuneline_pipelines.compile import compile_pipelines
 
     with tempfile.TemporaryDirectory() as folder:
-        written = compile_pipelines(Path(folder), node_pools.read(pools))
+        written = compile_pipelines(Path(folder), node_pools.read(pools), release=release)
         return {package.name: package for package in map(read, written)}

@@ -12,24 +12,46 @@ from typing import Any, Final, Protocol
 from kfp import dsl, kubernetes
 from kfp.dsl import PipelineTask
 
+from tuneline import by_uri
 from tuneline.checkpoints_root import ROOT_VARIABLE, remote_root
 from tuneline.finetune.methods import METHODS
-from tuneline.images import GPU
+from tuneline.images import CPU, CPU_IMAGE_VARIABLE, GPU
 from tuneline.pools import VARIABLE as POOLS_VARIABLE
+from tuneline.tracking import CLUSTER_URI_VARIABLE
 
 RETRIES: Final = 3
+TRAINING_RETRIES: Final = 30
+"""A training goes on from its checkpoint, and a spot node may be reclaimed many times in a week.
+With the doubling pauses of the other steps, the fifteenth would be most of it: these stay equal."""
 BACKOFF_MAX_DURATION: Final = "604800s"
 """A spot pod can be reclaimed long after a step began. The backoff's clock starts with the first
 attempt, and its default of one hour would end the retries of every longer step."""
 TIMEOUT_SECONDS: Final = 24 * 3600
 """Of a pod without an accelerator: longer than any step, shorter than for ever."""
 ACCELERATED_TIMEOUT_SECONDS: Final = 7 * 24 * 3600
-"""Of a pod with one, the time in a queue included; the next attempt goes on from a checkpoint."""
+"""Of a pod with one; the next attempt goes on from a checkpoint. Both count from when a node has
+taken the pod: what waits in a queue is ended by the run's deadline alone."""
+_KEPT_SECONDS: Final = 30 * 24 * 3600
 RUN_CONFIG: Final = dsl.PipelineConfig(
-    active_deadline_seconds=14 * 24 * 3600, ttl_seconds_after_finished=30 * 24 * 3600
+    active_deadline_seconds=14 * 24 * 3600,
+    ttl_seconds_after_finished=_KEPT_SECONDS,
+    ttl_seconds_after_success=_KEPT_SECONDS,
+    ttl_seconds_after_failure=_KEPT_SECONDS,
 )
 """Of every pipeline. What a finished run leaves in Kubernetes goes after 30 days; its record in KFP
-and MLflow stays."""
+and MLflow stays. All three are set: KFP's controller has defaults of an hour for success and
+failure, which Argo takes before that for both."""
+USER: Final = 10001
+"""Of our images. Said here too, an image of another user can't run as root."""
+_REQUESTS: Final = {
+    "prepare-data": ("1", "2Gi"),
+    "merge": ("1", "4Gi"),
+    "promote": ("500m", "2Gi"),
+}
+"""CPU and memory of steps without an accelerator, by what their names begin with: so much is kept
+free for them, and they take more where there is more. Measured peaks: preparing 1.2 GB, merging
+1.36B parameters with its proof 2.0 GB; a promotion loads the model."""
+_SMALL_REQUEST: Final = ("250m", "1Gi")
 
 MODEL_CACHE: Final = "tuneline-model-cache"
 """The volume claim of `manifests/base`."""
@@ -58,11 +80,13 @@ _SECRETS: Final[dict[str, dict[str, str]]] = {
 }
 """Secret -> its keys and the variables that they become. All of them are optional."""
 _SETTINGS: Final = {
-    "mlflow_tracking_uri": "MLFLOW_TRACKING_URI",
+    "mlflow_tracking_uri": CLUSTER_URI_VARIABLE,
     "s3_endpoint_url": "AWS_ENDPOINT_URL",
     "s3_region": "AWS_DEFAULT_REGION",
+    "weights_root": by_uri.VARIABLE,
 }
-"""Keys of the config map `tuneline` and the variables that they become."""
+"""Keys of the config map `tuneline` and the variables that they become. None may have a name that
+KFP's MLflow plugin gives a value to: `tuneline lint` says why."""
 _TRAINING_TASK: Final = "finetune"
 """What the names of the components that train begin with."""
 _PARALLEL_TASKS: Final = tuple(
@@ -94,20 +118,20 @@ def on_cluster(shm: str) -> Place:
     """
 
     def place(task: Any, pool: Pool | None = None) -> None:
-        # No step uses KFP's cache: a hit would leave the run without this step's record in MLflow.
-        # What need not be done twice is found by its content, wherever it was done.
-        task.set_caching_options(False)
+        task.set_caching_options(False)  # docs/decisions/0004-no-kfp-caching.md
+        trains = task.name.startswith(_TRAINING_TASK)
         task.set_retry(
-            num_retries=RETRIES,
-            backoff_duration="30s",
-            backoff_factor=2.0,
+            num_retries=TRAINING_RETRIES if trains else RETRIES,
+            backoff_duration="60s" if trains else "30s",
+            backoff_factor=1.0 if trains else 2.0,
             backoff_max_duration=BACKOFF_MAX_DURATION,
         )
+        kubernetes.set_security_context(task, run_as_user=USER, run_as_non_root=True)
         kubernetes.use_config_map_as_env(task, "tuneline", _SETTINGS, optional=True)
         for secret, keys in _SECRETS.items():
             kubernetes.use_secret_as_env(task, secret, keys, optional=True)
         kubernetes.mount_pvc(task, pvc_name=MODEL_CACHE, mount_path=CACHE_PATH)
-        if task.name.startswith(_TRAINING_TASK):
+        if trains:
             if (root := remote_root()) is None:
                 kubernetes.mount_pvc(task, pvc_name=CHECKPOINTS, mount_path=CHECKPOINTS_PATH)
             task.set_env_variable(ROOT_VARIABLE, root or CHECKPOINTS_PATH)
@@ -115,7 +139,11 @@ def on_cluster(shm: str) -> Place:
             kubernetes.use_config_map_as_volume(task, POOLS, POOLS_PATH, optional=True)
             task.set_env_variable(POOLS_VARIABLE, f"{POOLS_PATH}/pools.yaml")
         task.set_env_variable("TUNELINE_IMAGE", GPU)
+        task.set_env_variable(CPU_IMAGE_VARIABLE, CPU)
         if pool is None:
+            fitting = (r for name, r in _REQUESTS.items() if task.name.startswith(name))
+            cpu, memory = next(fitting, _SMALL_REQUEST)
+            task.set_cpu_request(cpu).set_memory_request(memory)
             kubernetes.set_timeout(task, TIMEOUT_SECONDS)
         else:
             _use(task, pool, shm)

@@ -82,7 +82,13 @@ def build(place: Place, *, default_pool: str) -> dsl.base_component.BaseComponen
         shared = {**run, "base_model": found["base_model"]}
         with dsl.If(found["Output"] == "train", name="train"):
             pool = resolve_pool(**run, gpu_pool=gpu_pool)
-            prepared = prepare_data(**shared, data=found["data"]).after(pool)
+            prepared = prepare_data(
+                **shared,
+                data=found["data"],
+                evaluation=found["evaluation"],
+                gate=found["gate"],
+                expected=found["expected"],
+            ).after(pool)
             tuned = finetune_chosen(
                 **shared,
                 dataset=prepared.outputs["dataset"],

@@ -16,7 +16,10 @@ from tuneline_pipelines.packages import Package, Step, of
 POLL_SECONDS: Final = 5.0
 PATIENCE_SECONDS: Final = 900.0
 """How long a server may be away while a run is waited for: it restarts, the run goes on."""
+PENDING_SECONDS: Final = 300.0
+"""A step that waits for longer, in a queue or for a node, is told of, and again each so many."""
 FINISHED: Final = ("SUCCEEDED", "FAILED", "CANCELED", "SKIPPED")
+_PENDING: Final = "PENDING"
 _UNKNOWN_STATES: Final = (None, "", "RUNTIME_STATE_UNSPECIFIED")
 _ERROR_PREFIX: Final = "error: "
 _LOG_CHUNK_BYTES: Final = 65_536
@@ -100,6 +103,32 @@ def tasks_of(run: Any, steps: Mapping[str, Step]) -> list[TaskState]:
     return found
 
 
+class _Watched:
+    """What was shown of the steps of a run."""
+
+    def __init__(self) -> None:
+        self._shown: dict[str, tuple[str, float]] = {}
+        self._pending_since: dict[str, float] = {}
+
+    def news(self, task: TaskState, now: float) -> str:
+        """What there is to show of a step; empty for nothing new."""
+        state, shown_at = self._shown.get(task.task_id, ("", now))
+        text = task.state.lower()
+        waited = now - self._pending_since.get(task.task_id, now)
+        if task.state == _PENDING:
+            self._pending_since.setdefault(task.task_id, now)
+        else:
+            self._pending_since.pop(task.task_id, None)
+        if state == task.state:
+            if state != _PENDING or now - shown_at < PENDING_SECONDS:
+                return ""
+            text += f" for {minutes(waited)}"
+        elif state == _PENDING and waited >= PENDING_SECONDS:
+            text += f" (was pending for {minutes(waited)})"
+        self._shown[task.task_id] = (task.state, now)
+        return text
+
+
 def wait(
     connection: Connection, run_id: str, steps: Mapping[str, Step], show: Callable[[str], None]
 ) -> Any:
@@ -109,7 +138,8 @@ def wait(
         connection: of the server.
         run_id: of the run.
         steps: of its pipeline.
-        show: takes a line for each change of a step's state.
+        show: takes a line for each change of a step's state, and one now and then for a step that
+            waits for a node.
 
     Returns:
         The finished run.
@@ -118,7 +148,7 @@ def wait(
         Fault: the server was away for longer than PATIENCE_SECONDS, or refuses.
     """
     began = last_answer = time.monotonic()
-    seen: dict[str, str] = {}
+    watched = _Watched()
     away = False
     while True:
         try:
@@ -135,9 +165,8 @@ def wait(
             continue
         away, last_answer = False, time.monotonic()
         for task in tasks_of(run, steps):
-            if seen.get(task.task_id) != task.state:
-                seen[task.task_id] = task.state
-                show(f"{minutes(last_answer - began):>6}  {task.label:<26}{task.state.lower()}")
+            if news := watched.news(task, last_answer):
+                show(f"{minutes(last_answer - began):>6}  {task.label:<26}{news}")
         if run.state in FINISHED:
             return run
         time.sleep(POLL_SECONDS)

@@ -3,6 +3,12 @@
 KFP's recurring runs can't be changed, only switched on and off. So a schedule carries the digest of
 its definition in its description; one with another digest is made again. The same line marks what
 tuneline made, and for which group: nothing else is touched.
+
+No recurring run says anything to KFP's MLflow plugin (`plugins_input`). The API server of KFP 2.17
+makes one that does, and that is pinned to a version, without its parameters (`CreateJob` in
+resource_manager.go calls NewGenericScheduledWorkflow, which has none): every run of it would take
+the pipeline's defaults. Without it, Argo starts the runs past the plugin, and tuneline keeps the
+record in MLflow by itself, in the recipe's experiment.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
 """Which checkpoint is found, which are kept, and what is in them."""
 
 import json
+import os
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,11 +26,13 @@ from tuneline.finetune.checkpoint import (
 )
 
 
-def write(checkpoints: Checkpoints, step: int, best: int | None = None, size: int = 10) -> None:
+def write(
+    checkpoints: Checkpoints, step: int, best: int | None = None, size: int = 10, of: str = ""
+) -> None:
     def fill(folder: Path) -> None:
         (folder / "data").write_bytes(bytes([step % 256]) * size)
 
-    checkpoints.write(step, {"of": step}, fill, best)
+    checkpoints.write(step, {"of": of or step}, fill, best)
 
 
 def steps(checkpoints: Checkpoints) -> list[str]:
@@ -122,18 +127,124 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_previous_one(
     assert checkpoints.newest() is not None
 
 
-def test_a_second_living_process_gets_a_folder_of_its_own(tmp_path: Path) -> None:
-    with (
-        Checkpoints(tmp_path / "key", limit=1) as first,
-        Checkpoints(tmp_path / "key", limit=1) as second,
-    ):
-        assert first.folder != second.folder and second.folder.name == "key.2"
+def test_a_second_living_process_goes_on_from_the_first_in_a_folder_of_its_own(
+    tmp_path: Path,
+) -> None:
+    with Checkpoints(tmp_path / "key", limit=1) as first:
         write(first, 1)
-        assert second.newest() is None
-        second.discard()
-        assert first.newest() is not None and not second.folder.exists()
+        with Checkpoints(tmp_path / "key", limit=1, patience_seconds=0) as second:
+            assert first.folder != second.folder and second.folder.name == "key.2"
+            found = second.newest()
+            assert found is not None and found.notes == {"of": 1}
+            assert found.path == second.folder / "step-00000001"
+            write(second, 2)
+            assert steps(first) == ["step-00000001"], "nobody writes in another's folder"
     with Checkpoints(tmp_path / "key", limit=1) as third:
-        assert third.newest() is not None
+        assert third.folder == first.folder
+        found = third.newest()
+        assert found is not None and found.step == 2, "of the one that had come further"
+        with Checkpoints(tmp_path / "key", limit=1, patience_seconds=0) as fourth:
+            write(fourth, 3)
+            third.discard()
+            assert fourth.newest() is not None and not third.folder.exists()
+
+
+def test_what_ended_processes_left_beside_goes_with_the_run(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path / "key", limit=1) as first:
+        with Checkpoints(tmp_path / "key", limit=1, patience_seconds=0) as second:
+            write(second, 1)
+        with Checkpoints(tmp_path / "other", limit=1) as other:
+            write(other, 1)
+        first.discard()
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+_WAITING = """
+import sys
+from pathlib import Path
+from tuneline.finetune.checkpoint import Checkpoints
+with Checkpoints(Path(sys.argv[1]), limit=1) as checkpoints:
+    found = checkpoints.newest()
+    print(checkpoints.folder.name, found and found.step, flush=True)
+"""
+
+
+@pytest.mark.parametrize("ends_well", [False, True])
+def test_a_retry_waits_for_the_lock_of_a_process_that_is_not_quite_gone(
+    tmp_path: Path, ends_well: bool
+) -> None:
+    with Checkpoints(tmp_path / "key", limit=1) as first:
+        write(first, 7)
+        retry = subprocess.Popen(
+            [sys.executable, "-c", _WAITING, str(tmp_path / "key")],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert retry.stdout is not None
+        waits = retry.stdout.readline()
+        assert f"another process holds {tmp_path / 'key'}: waiting up to 120 s" in waits
+        if ends_well:
+            first.discard()
+    rest, _ = retry.communicate(timeout=60)
+    assert rest.split() == ["key", "None" if ends_well else "7"]
+
+
+@pytest.mark.parametrize("survives", ["new", "old"])
+def test_writing_a_step_again_leaves_one_that_is_complete_at_any_moment(
+    tmp_path: Path, survives: str
+) -> None:
+    folder = tmp_path / "key"
+    with Checkpoints(folder, limit=1) as checkpoints:
+        write(checkpoints, 4)
+    # as the disk is when a kill comes between the two renames: the old one is out of the way
+    (folder / "step-00000004").rename(folder / "step-00000004.replaced.partial")
+    if survives == "new":
+        with Checkpoints(tmp_path / "other", limit=1) as other:
+            write(other, 4, of="again")
+        (tmp_path / "other" / "step-00000004").rename(folder / "step-00000004.partial")
+    with Checkpoints(folder, limit=1) as again:
+        found = again.newest()
+        assert found is not None
+        assert found.notes == {"of": "again" if survives == "new" else 4}
+        assert not list(folder.glob("*.partial"))
+
+
+def test_a_kill_at_any_call_of_a_second_write_loses_no_step(tmp_path: Path) -> None:
+    """Each system call that changes a name or removes something, one after the other."""
+    done = False
+    number = 0
+    while not done:
+        folder = tmp_path / str(number)
+        with Checkpoints(folder, limit=1) as checkpoints:
+            write(checkpoints, 4)
+        pid = os.fork()
+        if pid == 0:
+            _write_again_and_die_at(folder, number)
+        _, status = os.waitpid(pid, 0)
+        done = os.waitstatus_to_exitcode(status) == 0
+        with Checkpoints(folder, limit=1) as again:
+            found = again.newest()
+            assert found is not None and found.step == 4, f"killed at call {number}"
+        number += 1
+    assert number > 5
+
+
+def _write_again_and_die_at(folder: Path, number: int) -> None:
+    seen = 0
+
+    def count(event: str, _: object) -> None:
+        nonlocal seen
+        if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir"):
+            if seen == number:
+                os._exit(1)
+            seen += 1
+
+    with Checkpoints(folder, limit=1) as checkpoints:
+        assert checkpoints.newest() is not None
+        sys.addaudithook(count)
+        write(checkpoints, 4, of="again")
+    os._exit(0)
 
 
 def test_a_place_that_can_not_be_written_is_one_sentence(tmp_path: Path) -> None:

@@ -317,7 +317,7 @@ def test_the_last_retry_reports_the_pods_that_were_lost(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TUNELINE_CHECKPOINTS", str(tmp_path / "checkpoints"))
-    assert resources.RETRIES >= watch.LOST_ATTEMPTS
+    assert resources.TRAINING_RETRIES >= watch.LOST_ATTEMPTS
     mine = into(job, tmp_path, run_id="run")
     code = (
         "import json, os, signal, sys\nfrom tuneline.compare import watch\n"

@@ -24,7 +24,7 @@ from tuneline import steps
 from tuneline.artifacts import Artifact, digest_of_file
 from tuneline.base_model import cache_dir
 from tuneline.data_prep import encode
-from tuneline.data_prep.duplicates import Scratch, find_similar, signatures
+from tuneline.data_prep.duplicates import Scratch, find_similar, signatures, units
 from tuneline.data_prep.prepare import PAGE, load_split, prepare
 from tuneline.data_prep.report import render_contract
 from tuneline.errors import DataError, ModelError
@@ -167,6 +167,34 @@ def test_one_task_with_many_answers_can_be_prepared_where_that_is_asked_for(
     assert contract["rows_out"] == 300 and contract["splits"]["test"]["rows"] > 10
 
 
+def test_a_question_in_a_script_without_spaces_is_known_whatever_its_spacing(
+    prepared: Prepare, chats: Chats, tmp_path: Path
+) -> None:
+    asked = [f"请问 2024年{a}{b}的平均气温是多少?" for a in "春夏秋冬" for b in "东南西北中"]
+    held = write(tmp_path / "bench.jsonl", [chat(text, "7") for text in asked])
+    rows = [chat(text.replace(" ", ""), f"it is warm there, {n}") for n, text in enumerate(asked)]
+    contract = prepared([*chats, *rows], evaluation_sets=held).read_json("contract.json")
+    # the others are held out themselves
+    assert 10 <= contract["leakage"]["resembled_by_set"][held] == contract["in_test_dropped"] <= 20
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Plain  WORDS\nonly", ["plain", "words", "only"]),
+        ("caf\u00e9 na\u00efve \u201cquoted\u201d", ["café", "naïve", "“quoted”"]),
+        ("\u043f\u0440\u0438\u0432\u0435\u0442 \ud55c\uad6d\uc5b4", ["привет", "한국어"]),
+        ("用pip 安装", ["用", "pip", "安", "装"]),
+        ("カタカナ ไทย", ["カ", "タ", "カ", "ナ", "ไ", "ท", "ย"]),
+        ("a" * 30, ["a"] * 30),
+    ],
+)
+def test_words_are_split_at_spaces_and_scripts_without_them_into_characters(
+    text: str, found: list[str]
+) -> None:
+    assert units(text) == found
+
+
 WORDS = [f"w{n}" for n in range(500)]
 
 
@@ -224,7 +252,8 @@ def test_similar_rows_are_found_among_many(tmp_path: Path) -> None:
     for n in range(0, 200, 2):  # row n + 1 differs from row n in its last word
         texts[n + 1] = texts[n].rpartition(" ")[0] + " other"
     chinese = "".join(chr(0x4E00 + n) for n in range(200))
-    texts += ["", "short", "short", chinese, chinese + "x"]
+    spaced = " ".join(chr(0x5E00 + n) + chr(0x5F00 + n) for n in range(100))
+    texts += ["", "short", "short", chinese, chinese + "x", spaced, spaced.replace(" ", "")]
     scratch = Scratch(tmp_path / "scratch")
     scratch.add(signatures(texts))
     scratch.finish()
@@ -232,7 +261,7 @@ def test_similar_rows_are_found_among_many(tmp_path: Path) -> None:
     group[1:100:2] = 2
     group[0:20:2] = 1
     twin, leak, echo = find_similar(scratch, group, np.ones(len(texts), bool), 0.9)
-    assert np.flatnonzero(twin >= 0).tolist() == [*range(101, 200, 2), 2002, 2004]
+    assert np.flatnonzero(twin >= 0).tolist() == [*range(101, 200, 2), 2002, 2004, 2006]
     assert echo[:20:2].tolist() == list(range(1, 20, 2))
     assert (echo >= 0).sum() == 10
     assert leak[20:100:2].tolist() == list(range(21, 100, 2))
@@ -293,6 +322,40 @@ def test_rows_that_are_too_long_are_cut_by_the_rule_and_counted(
     assert contract["eos_fraction"] == (0.0 if rule == "truncate_right" else 1.0)
 
 
+@pytest.mark.parametrize("rule", ["truncate_left", "truncate_right", "split"])
+@pytest.mark.parametrize("loss", ["assistant", "all"])
+def test_the_prompt_of_a_test_row_is_cut_as_its_tokens_are(
+    prepared: Prepare, tiny_model: Path, rule: str, loss: str
+) -> None:
+    from tuneline.data_prep.chat import load_tokenizer
+
+    answers = ["red", "red " * 20, "red " * 100]  # fits, fits behind a part, fills the row
+    rows = [chat(f"plum {n} " * (30 - n % 3), answers[n % 3]) for n in range(60)]
+    limits = {"min_eos_fraction": 0.0, "max_unsupervised_fraction": 1.0}
+    data = {"max_seq_len": 64, "overflow": rule, "loss": loss, "test_fraction": 0.5}
+    if rule == "truncate_right" and loss == "assistant":
+        rows += [chat(f"plum {n}", answers[2]) for n in range(60)]  # their prompts fit
+    dataset = prepared(rows, contract=limits, **data)
+    tokenizer = load_tokenizer(str(tiny_model))
+
+    def length(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    tests = read_test_rows(dataset, 1000)
+    assert len(tests) > 10
+    lengths = Counter()
+    for row in tests:
+        assert row.prompt is not None and row.prompt.endswith("<|im_end|>\n<|im_start|>assistant\n")
+        prompt, answer = length(row.prompt), length(row.reference + "<|im_end|>")
+        assert prompt < 64
+        lengths[prompt + answer <= 64] += 1
+        if rule != "truncate_right" and answer < 60:
+            assert prompt + answer == 64
+            text = tokenizer.decode(row.input_ids, skip_special_tokens=False)
+            assert text.startswith(row.prompt)
+    assert lengths[False] or rule != "split"
+
+
 def test_unchanged_input_is_not_tokenized_again(
     prepared: Prepare, chats: Chats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,6 +385,28 @@ def test_unchanged_input_is_not_tokenized_again(
     prepared(chats)
     prepared(chats, max_seq_len=512)
     assert len(encoded) == 12
+
+
+def test_a_change_of_our_own_code_is_another_key(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tuneline.data_prep.chat import chat_format, load_tokenizer
+    from tuneline.data_prep.prepare import _plans
+
+    data = DataSection.model_validate({"train": "x.jsonl"})
+    (plan,) = _plans(data, chat_format(load_tokenizer(str(tiny_model)), tiny_model))
+    package = Path(encode.__file__).parent
+    shutil.copytree(package, tmp_path / "data_prep")
+    keys = {plan.key()}
+    for name in ("chat.py", "duplicates.py", "encode.py", "records.py"):
+        with (tmp_path / "data_prep" / name).open("a") as file:
+            file.write("# another line\n")
+        encode.code_digest.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(encode, "files", lambda package: tmp_path / "data_prep")
+            keys.add(plan.key())
+        encode.code_digest.cache_clear()
+    assert len(keys) == 5 and plan.key() in keys
 
 
 def test_the_cache_forgets_what_was_not_used_for_longest(prepared: Prepare, chats: Chats) -> None:
@@ -384,6 +469,20 @@ def test_processes_give_the_same_rows_and_a_killed_run_goes_on_where_it_was(
     assert whole.read_jsonl("test_rows.jsonl") == parts.read_jsonl("test_rows.jsonl")
 
 
+def test_equal_blocks_are_encoded_side_by_side(
+    prepared: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuneline.data_prep.prepare.cpu_count", lambda: 4)
+    rows = [chat(f"question number {n}", "yes") for n in range(300)]
+    paths = [write(tmp_path / f"{name}.jsonl", rows) for name in "abcd"]
+    dataset = prepared(train=paths, contract={"max_duplicate_fraction": 1})
+    assert dataset.read_json("contract.json")["rows_in"] == 1200
+    assert len(list((cache_dir() / "tokens").iterdir())) == 2  # one block, its rows and its index
+    alone = prepared(train=paths[0])
+    for split in SPLITS:
+        assert ids_of(dataset, split) == ids_of(alone, split)
+
+
 class Page(HTMLParser):
     """Collects what a browser would fetch or run."""
 
@@ -428,6 +527,82 @@ def test_the_contract_counts_what_it_saw(prepared: Prepare, chats: Chats) -> Non
         assert learned.endswith("<|im_end|>") and learned.partition("<")[0] in (
             "red", "blue", "green", "white",
         )  # fmt: skip
+
+
+def test_every_supervised_turn_counts_for_the_ends(
+    tiny_model: Path, tmp_path: Path, chats: Chats
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    more = [{"role": "user", "content": "more"}, {"role": "assistant", "content": "no"}]
+    rows = [{"messages": chat["messages"] + more} for chat in chats]
+    data = DataSection.model_validate({"train": write(tmp_path / "rows.jsonl", rows)})
+    # the template ends no turn, so that only the row's end has a token to stop at
+    with pytest.raises(DataError, match=r"supervised turns .* generation stops at 50 %, at least"):
+        prepare(str(folder), data, tmp_path / "out")
+
+
+def test_a_small_source_is_not_lost_among_many_rows(
+    prepared: Prepare, chats: Chats, tmp_path: Path
+) -> None:
+    few = write(tmp_path / "few.jsonl", [chat("how much is it?", "7"), {"oops": 1}])
+    none = write(tmp_path / "none.jsonl", [{"oops": 1}, {"oops": 2}])
+    allowed = {"max_bad_fraction": 0.01}
+    for name in ("evaluation_sets", "test"):
+        with pytest.raises(DataError, match=rf"rows of {few} that can't be used 50 %, at most 1 %"):
+            prepared(chats, contract=allowed, **{name: [few]})
+    for data in ({"evaluation_sets": none}, {"train": [write(tmp_path / "a.jsonl", chats), none]}):
+        with pytest.raises(DataError, match=rf"no row of {none} can be used: of 2 that came in, 2"):
+            prepared(
+                contract={"max_bad_fraction": 1.0}, **{"train": str(tmp_path / "a.jsonl")} | data
+            )
+
+
+@pytest.mark.parametrize("ids", [["uuid", "7", "7"], ["id", 7.0, 7], ["id", 1.5, 2.5]])
+def test_ids_are_known_under_their_own_name_and_as_numbers_of_a_table(
+    prepared: Prepare, chats: Chats, tmp_path: Path, ids: list[Any]
+) -> None:
+    name, first, second = ids
+    rows = [*chats, chat("x", "y", **{name: first}), chat("z", "y", **{name: second})]
+    path = write(tmp_path / "rows.jsonl", [{name: str(n)} | row for n, row in enumerate(rows, 100)])
+    source = {"path": path, "columns": {"id": name}}
+    if first == 1.5:
+        assert prepared(train=[source]).read_json("contract.json")["repeated_ids"] == 0
+        return
+    with pytest.raises(DataError, match="rows with a repeated id"):
+        prepared(train=[source])
+
+
+def test_chats_are_checked_against_serving_also_if_they_are_few_or_long(
+    prepared: Prepare, chats: Chats
+) -> None:
+    texts = [{"text": f"some text number {n}"} for n in range(400)]
+    checked = {}
+    for name, rows in {
+        "no chat": texts,
+        "one chat": [*texts[:333], chat("what?", "this"), *texts[333:]],
+        "long chats": [chat(f"{n} " + "x" * 110_000, "this") for n in range(12)],
+    }.items():
+        data = {"max_seq_len": 200_000, "test_fraction": 0.3, "validation_fraction": 0.2}
+        limits = {"min_supervised_token_fraction": 0}
+        contract = prepared(rows, contract=limits, **data).read_json("contract.json")
+        checked[name] = contract["round_trip"]["rows_checked"]
+        assert contract["round_trip"]["fraction"] == 1.0
+    assert checked == {"no chat": 0, "one chat": 1, "long chats": 1}
+
+
+def test_the_page_stays_small_whatever_a_bad_row_holds(
+    prepared: Prepare, chats: Chats, tmp_path: Path
+) -> None:
+    bad = {"messages": [{"role": "x" * 3_000_000, "content": "c"}]}
+    with pytest.raises(DataError) as caught:
+        prepared([*chats, bad, *[{"x" * 1000 + str(n): n} for n in range(50)]])
+    assert len(str(caught.value)) < 5000
+    assert (tmp_path / "out-0.refused" / PAGE).stat().st_size < 1_000_000
 
 
 BROKEN_CONTRACTS = {  # rows, settings -> part of the sentence

@@ -22,7 +22,7 @@ from tuneline.artifacts import digest_of_file
 from tuneline.data_prep import chat, sources
 from tuneline.data_prep.encode import encode_blocks, metadata_of
 from tuneline.data_prep.prepare import _plans
-from tuneline.data_prep.records import parse_record
+from tuneline.data_prep.records import BadRow, parse_record
 from tuneline.data_prep.sources import read_blocks
 from tuneline.errors import DataError
 from tuneline.recipe import DataSection, Source
@@ -252,6 +252,21 @@ def test_columns_are_mapped_and_the_rest_stays_for_slices() -> None:
     assert record.columns == {"topic": "maths", "level": 3}
 
 
+def test_what_json_has_no_number_for_is_left_out_of_the_columns_and_counted() -> None:
+    row = json.loads('{"prompt": "p", "completion": "c", "a": NaN, "b": 1e999, "c": 0.5}')
+    record = parse_record(row, Source(path="x"))
+    assert record.columns == {"c": 0.5} and record.values_left_out == 2
+
+
+def test_the_sentence_of_a_bad_row_is_short_and_says_what_is_allowed() -> None:
+    row = {"messages": [{"role": "x" * 3_000_000, "content": "c"}]}
+    with pytest.raises(BadRow) as caught:
+        parse_record(row, Source(path="x"))
+    sentence = str(caught.value)
+    assert len(sentence) < 500
+    assert sentence.startswith("message 1: role 'xxx") and sentence.endswith("assistant, tool")
+
+
 def message(**values: Any) -> bytes:
     return json.dumps({"messages": [{"role": "user", "content": "q"}, values]}).encode() + b"\n"
 
@@ -297,6 +312,60 @@ BAD_ROWS = {  # line -> reason, part of the sentence; each is counted beside goo
     ),
     "image part": (
         message(role="assistant", content=[{"type": "image_url"}]), "wrong_type", "'image_url'",
+    ),
+    "no call and no answer": (
+        message(role="assistant", content="", tool_calls="[]"), "empty_turn", "answer is empty",
+    ),
+    "calls of a wrong type": (
+        message(role="assistant", content="x", tool_calls=0), "wrong_type", "tool_calls is int",
+    ),
+    "answer without a width": (
+        message(role="assistant", content="\ufeff \u200b\n"), "empty_turn", "answer is empty",
+    ),
+    "completion without a width": (
+        row(prompt="p", completion="\u200b"), "empty_turn", "completion is empty",
+    ),
+    "repeated key": (
+        LINE.replace(b'{"role": "user"', b'{"role": "system", "role": "user"'),
+        "malformed_json", "key 'role' is there more than once",
+    ),
+    "repeated key in a column of text": (
+        row(messages='[{"role": "user", "role": "user", "content": "q"}]'),
+        "malformed_json", "key 'role' is there more than once",
+    ),
+    "turn with weight": (
+        row(conversations=[{"from": "human", "value": "q"},
+                           {"from": "gpt", "value": "a", "weight": 0}]),
+        "unknown_key", "turn 2: keys weight are not supported; keys are from, value",
+    ),
+    "images beside the text": (
+        json.dumps(GOOD | {"images": ["a.png"]}).encode() + b"\n", "wrong_type", "has images",
+    ),
+    "audio beside the text": (
+        row(conversations=[{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+            audio="a.wav"),
+        "wrong_type", "has audio",
+    ),
+    "infinite number in a call": (
+        message(role="assistant", tool_calls=[{"name": "f", "arguments": {"x": 1e999}}]),
+        "wrong_type", "a tool call has NaN or an infinite number",
+    ),
+    "call as deep as no person writes": (
+        message(role="assistant", tool_calls='[{"name": "f", "arguments": {"x": '
+                + "[" * 300 + "]" * 300 + "}}]"),
+        "wrong_type", "more than 100 levels",
+    ),
+    "tools of a wrong type": (
+        json.dumps(GOOD | {"tools": 0}).encode() + b"\n", "wrong_type", "tools must be a list",
+    ),
+    "alpaca input of a number": (
+        row(instruction="i", input=0, output="o"), "wrong_type", "input is int",
+    ),
+    "alpaca input of a list": (
+        row(instruction="i", input=[], output="o"), "wrong_type", "input is an empty list",
+    ),
+    "alpaca history of a number": (
+        row(instruction="i", history=0, output="o"), "wrong_type", "history is int",
     ),
     "weight": (message(role="assistant", content="x", weight=0), "unknown_key", "keys weight"),
     "half a character": (
@@ -494,6 +563,80 @@ def test_a_row_of_ten_megabytes_is_dropped_as_too_long_and_counted(
         assert (result.kept, result.counts["too_long"]) == (1, 1)
 
 
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_a_table_s_blocks_are_bounded_and_its_long_rows_dropped_as_those_of_lines_are(
+    outcome: Prepare, tmp_path: Path, dictionary: bool
+) -> None:
+    texts = ["x" * 6_500_000 if n == 333 else f"{n} " + "y" * 30_000 for n in range(500)]
+    column = pa.array(texts)
+    table = pa.table({"text": column.dictionary_encode() if dictionary else column})
+    path = tmp_path / "rows.parquet"
+    pq.write_table(table, path)
+    blocks = list(read_blocks(Source(path=str(path)), {}))
+    assert max(len(block.payload) for block in blocks) < sources.BLOCK_BYTES
+    (long,) = [block for block in blocks if block.too_long]
+    assert long.where(long.too_long[0]) == f"{path} row 334"
+    assert sum(pa.ipc.open_stream(b.payload).read_all().num_rows for b in blocks) == 499
+    rows = [{"text": "ok"}, {"text": "x" * 6_500_000}]
+    path.write_bytes(table_of(rows))
+    lines = tmp_path / "rows.jsonl"
+    lines.write_bytes(row(**rows[0]) + row(**rows[1]))
+    for name in (path, lines):
+        result = outcome(str(name), max_seq_len=1_000_000)
+        assert (result.kept, result.counts["too_long"]) == (1, 1)
+
+
+def test_a_local_table_is_read_where_it_is(
+    outcome: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(table_of(PAIRS))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    result = outcome(str(path))
+    assert result.kept == 7
+    assert result.digests == {str(path): f"sha256:{digest_of_file(path)}"}
+
+
+def unreadable(kind: str, count: int) -> pa.Array:
+    """Values that Parquet can hold and Python can't, but the first."""
+    if kind == "utf-8":
+        values = pa.array([b"fine", *[b"\xff\xfe"] * (count - 1)], pa.binary())
+        return pa.Array.from_buffers(pa.string(), count, values.buffers())
+    zone = "No/Where" if kind == "time zone" else None
+    return pa.array([None, *[2**62] * (count - 1)], pa.int64()).cast(pa.timestamp("us", zone))
+
+
+@pytest.mark.parametrize("kind", ["utf-8", "year", "time zone"])
+def test_values_of_a_table_that_cannot_be_read_are_counted(
+    outcome: Prepare, tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "rows.parquet"
+    column = unreadable(kind, 3)
+    table = pa.table({"prompt": ["a", "b", "c"], "completion": ["x", "y", "z"]})
+    pq.write_table(table.append_column("at", column), path)
+    beside = outcome(str(path))
+    assert (beside.kept, beside.counts["values_left_out"]) == (3, 2)
+    pq.write_table(table.append_column("system", column), path)
+    used = outcome(str(path))
+    reason = "broken_text" if kind == "utf-8" else "wrong_type"
+    assert (used.kept, dict(used.bad)) == (1, {reason: 2})
+    assert "column 'system' has a value that can't be read" in used.sentences[0]
+
+
+def test_a_table_with_a_repeated_column_is_refused(outcome: Prepare, tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], ["text", "text"]), path)
+    with pytest.raises(DataError, match="repeated names"):
+        outcome(str(path))
+
+
+def test_a_repeated_key_in_an_array_is_counted(outcome: Prepare, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes(b'[{"text": "a",\n "text": "b"},\n {"text":\n "c\\n"}]')
+    result = outcome(str(path))
+    assert (result.kept, dict(result.bad)) == (1, {"malformed_json": 1})
+
+
 def test_a_file_without_a_line_break_is_not_read_into_memory(
     outcome: Prepare, tmp_path: Path
 ) -> None:
@@ -565,7 +708,8 @@ def test_dates_and_numbers_of_a_table_are_no_traceback(outcome: Prepare, tmp_pat
 def test_dates_in_a_call_that_the_template_renders_are_no_traceback(
     chats_of_tiny: chat.ChatFormat, tmp_path: Path
 ) -> None:
-    template = chats_of_tiny.template + "{{ messages[-1].tool_calls }}"
+    content = "{{ message['content'] }}"
+    template = chats_of_tiny.template.replace(content, content + "{{ message.tool_calls }}")
     path = tmp_path / "rows.parquet"
     calls = [{"name": "f", "arguments": {"at": datetime(2026, 1, 2)}}]
     asked = {"messages": [GOOD["messages"][0], {"role": "assistant", "tool_calls": calls}]}

@@ -17,6 +17,7 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    IntervalStrategy,
 )
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -38,7 +39,7 @@ from tuneline.finetune.load import compute_dtype
 from tuneline.finetune.loss import supervised_nll
 from tuneline.finetune.methods.lora import METHOD, LoraSettings, attach
 from tuneline.finetune.train import finetune
-from tuneline.finetune.trainer import SupervisedTrainer
+from tuneline.finetune.trainer import ProgressCallback, SupervisedTrainer
 from tuneline.recipe import TrainingSection, check
 from tuneline.termination import Termination
 from tuneline.tracking import Untracked
@@ -108,6 +109,14 @@ def test_packed_grouped_and_padded_have_the_same_loss_and_gradients(model: nn.Mo
     )
     assert_same(padded, grouped)
     assert_same(padded, packed)
+
+
+def test_a_rows_first_token_is_never_learned() -> None:
+    data = [{**row, "supervised": [1] * len(row["input_ids"])} for row in rows(3)]
+    assert (collate(data, 0)["labels"][:, 0] == -100).all()
+    packed = pack(data)
+    assert (packed["labels"][packed["position_ids"] == 0] == -100).all()
+    assert int((packed["labels"] != -100).sum()) == int((collate(data, 0)["labels"] != -100).sum())
 
 
 def test_packed_rows_do_not_see_each_other(model: nn.Module) -> None:
@@ -381,12 +390,37 @@ def test_a_loss_that_is_not_finite_names_step_and_rows_and_spares_the_weights(
 
 
 def test_memory_that_does_not_suffice_says_what_to_lower(model: nn.Module, tmp_path: Path) -> None:
-    trainer = trainer_of(model, [[0]], tmp_path, steps=1, accumulation=1)
-    with (
-        pytest.raises(TrainingError, match=r"out of memory at step 1 .* lower training.batch_tok"),
-        trainer._memory_errors(),
+    trainer = trainer_of(model, [[0, 1], [2, 3]], tmp_path, steps=2, accumulation=1)
+    compute = trainer.compute_loss
+
+    def greedy(*arguments, **options):
+        if trainer.state.global_step == 1:
+            torch.empty(2**50)
+        return compute(*arguments, **options)
+
+    trainer.compute_loss = greedy
+    tokens = 2 * max(len(row["input_ids"]) for row in rows(8)[2:4])
+    with pytest.raises(
+        TrainingError,
+        match=rf"out of memory at step 2 with micro-batches of up to {tokens} tokens: .* "
+        rf"lower training.batch_tokens to about {tokens * 3 // 4} and",
     ):
+        trainer.run()
+
+
+@pytest.mark.parametrize("after_training", [False, True])
+def test_memory_that_does_not_suffice_for_an_evaluation_is_one_sentence(
+    model: nn.Module, tmp_path: Path, after_training: bool
+) -> None:
+    def greedy(batch):
         torch.empty(2**50)
+
+    held_out = DataLoader(rows(2), collate_fn=greedy)  # pyright: ignore[reportArgumentType]
+    trainer = trainer_of(model, [[0]], tmp_path, 1, 1, validation=held_out)
+    if after_training:
+        trainer.args.eval_strategy = IntervalStrategy.NO
+    with pytest.raises(TrainingError, match="out of memory in the evaluation after step 1 with"):
+        trainer.run()
 
 
 @pytest.mark.parametrize(
@@ -541,8 +575,9 @@ def test_a_validation_loss_that_is_not_finite_is_an_error(tiny_model: Path, tmp_
 @pytest.mark.parametrize(
     "schedule",
     [
-        "linear", "cosine", "cosine_with_min_lr", "cosine_with_restarts", "polynomial",
-        "inverse_sqrt", "warmup_stable_decay", "constant",
+        "linear", "cosine", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
+        "cosine_with_restarts", "polynomial", "inverse_sqrt", "warmup_stable_decay", "constant",
+        "constant_with_warmup",
     ],
 )  # fmt: skip
 def test_schedules_go_by_the_names_of_transformers(schedule, model, tmp_path: Path) -> None:
@@ -561,6 +596,36 @@ def test_schedules_go_by_the_names_of_transformers(schedule, model, tmp_path: Pa
         trainer.optimizer.step()
         rates.append(trainer.lr_scheduler.get_last_lr()[0])
         trainer.lr_scheduler.step()
-    assert rates[0] == 0 and max(rates) == pytest.approx(1.0)
-    ends = {"cosine_with_min_lr": 0.1, "constant": 1.0, "inverse_sqrt": 0.3}
+    # the one with a warm-up of its own starts at a step's share of it
+    assert rates[0] == (0.25 if "_warmup_with_min" in schedule else 0)
+    assert max(rates) == pytest.approx(1.0)
+    ends = {"constant": 1.0, "constant_with_warmup": 1.0, "inverse_sqrt": 0.3}
+    ends |= {"cosine_with_min_lr": 0.1, "cosine_warmup_with_min_lr": 0.1}
     assert rates[-1] == pytest.approx(ends.get(schedule, 0.0), abs=0.15)
+
+
+def test_the_rate_on_the_console_is_of_training_since_the_last_line(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    trainer = trainer_of(model, [[0]], tmp_path, steps=4, accumulation=1)
+    progress = ProgressCallback(Untracked(), trainer)
+    events = (trainer.args, trainer.state, trainer.control)
+    trainer.state.max_steps = 4
+    trainer.control.should_log = True
+    trainer.state.is_world_process_zero = True
+    progress.on_train_begin(*events)
+    # tokens, seconds of the step, of its evaluation, of its checkpoint
+    for tokens, step, evaluation, save in ((100, 10, 0, 0), (300, 10, 50, 40), (500, 10, 0, 0)):
+        trainer.figures.tokens_seen += tokens
+        now += step
+        progress.on_step_end(*events)
+        progress.on_log(*events, logs={"loss": 1.0, "learning_rate": 0.1})
+        now += evaluation
+        progress.on_evaluate(*events)
+        now += save
+        progress.on_save(*events)
+    lines = capsys.readouterr().out.splitlines()
+    rates = [line.partition(" tokens/s")[0].split()[-1] for line in lines]
+    assert rates == ["10", "30", "50"]

@@ -1,5 +1,6 @@
 """Whole evaluations of a tiny tuned model: what is measured, compared, kept and refused."""
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator
@@ -10,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from tuneline import artifacts, steps
+from tuneline import artifacts, form, steps
 from tuneline.artifacts import Artifact
-from tuneline.errors import ArtifactError, DataError, ModelError, RegistryError
+from tuneline.errors import ArtifactError, DataError, ModelError, RecipeError, RegistryError
+from tuneline.evaluate.evaluate import _figures
 from tuneline.evaluate.generate import batches_by_tokens, generate_answers
 from tuneline.evaluate.likelihood import negative_log_likelihoods
-from tuneline.evaluate.rows import read_test_rows
+from tuneline.evaluate.rows import EvalRow, digest_of_rows, read_test_rows, slices_of
+from tuneline.recipe import EvaluationSection, check
 from tuneline.register.package import package_of
 
 
@@ -80,7 +83,7 @@ def evaluate(line: Line, output: Path, champion_of: str = "", **sections: Any) -
 @pytest.fixture(scope="module")
 def folder(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report"
-    gate = {"slice_floors": {"fruit": 0.2}, "max_forgetting": 100}
+    gate = {"slice_floors": {"fruit": 0.2}, "min_slice_rows": 5, "max_forgetting": 100}
     evaluate(line, path, evaluation={"slices": ["fruit"]}, gate=gate)
     return path
 
@@ -179,7 +182,7 @@ def test_metrics_of_tokens_generate_nothing(
 
 
 def test_a_second_evaluation_is_the_same(line: Line, folder: Path, tmp_path: Path) -> None:
-    gate = {"slice_floors": {"fruit": 0.2}, "max_forgetting": 100}
+    gate = {"slice_floors": {"fruit": 0.2}, "min_slice_rows": 5, "max_forgetting": 100}
     evaluate(line, tmp_path / "again", evaluation={"slices": ["fruit"]}, gate=gate)
     for name in ("scores.jsonl", "report.json", "report.html", "manifest.json"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
@@ -205,6 +208,70 @@ def test_named_text_sets(line: Line, tmp_path: Path) -> None:
         line, tmp_path / "report", evaluation=cheap | sets, gate={"metric": "cross_entropy"}
     )
     assert {name: s["texts"] for name, s in report["forgetting"].items()} == {"own": 2, "rows": 1}
+
+
+@pytest.mark.parametrize("name", ["general text", "General_Text", " "])
+def test_a_text_set_of_the_projects_own_name_is_a_fault_of_the_recipe(name: str) -> None:
+    with pytest.raises(RecipeError, match="is no name for a set of yours"):
+        check(EvaluationSection, {"forgetting_sets": {name: "own.txt"}}, source="evaluation")
+
+
+def test_figures_of_any_name_reach_mlflow_and_none_hides_another(report: dict[str, Any]) -> None:
+    from mlflow.utils.validation import _validate_metric_name
+
+    odd = ("pass@1", "pass#1", "a\nb")
+    block = report["metrics"]["exact_match"]
+    found = copy.deepcopy(report)
+    found["metrics"] |= dict.fromkeys(odd, block)
+    found["forgetting"] |= dict.fromkeys(odd, report["forgetting"]["general text"])
+    found["tasks"] = {
+        "a": {"metrics": {"b_c": block}}, "a_b": {"metrics": {"c": block}},
+        "ä": {"metrics": {"acc,none": block}},
+    }  # fmt: skip
+    plain, figures = _figures(report), _figures(found)
+    assert plain.items() <= figures.items() and "forgetting_general_text" in plain
+    assert len(figures) == len(plain) + 3 * 2 + 3 + 3 * 2
+    for key in figures:
+        _validate_metric_name(key)
+
+
+@pytest.mark.parametrize("metric", ["cross_entropy", "exact_match"])
+def test_samples_show_what_the_tuned_model_does_best(
+    line: Line, folder: Path, tmp_path: Path, metric: str
+) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    if metric == "cross_entropy":
+        chosen = {"metrics": ["cross_entropy", "exact_match"], "general_text": False}
+        report = evaluate(line, tmp_path / "r", evaluation=chosen, gate={"metric": metric})
+    assert report["samples_by"] == "exact match"
+    right = [sample["tuned_exact_match"] for sample in report["samples"]]
+    assert right[:2] == [1, 1] and right[2] == (
+        report["metrics"]["exact_match"]["tuned"]["score"] == 1
+    )
+
+
+def test_the_engine_of_the_answers_is_kept(report: dict[str, Any]) -> None:
+    from importlib.metadata import version
+
+    assert report["engine"] == f"transformers {version('transformers')}"
+
+
+def test_rows_without_a_column_are_a_slice_of_their_own() -> None:
+    rows = [
+        EvalRow(n, {"columns": {"language": value} if value else {}}, [1, 2], [0, 1])
+        for n, value in enumerate(["zh", None, "en", "None", None])
+    ]
+    found = slices_of(rows, ["language"])["language"]
+    assert list(found.items()) == [("None", [3]), ("en", [2]), ("zh", [0]), (None, [1, 4])]
+
+
+def test_text_rows_beside_chats_are_part_of_the_evaluation_set() -> None:
+    chat = EvalRow(0, {"prompt": "a", "reference": "b"}, [1, 2], [0, 1])
+    text, other = EvalRow(1, {}, [3, 4], [0, 1]), EvalRow(1, {}, [3, 5], [0, 1])
+    assert digest_of_rows([chat, text]) != digest_of_rows([chat, other])
+    # as it always was where rows are of one kind
+    assert digest_of_rows([chat]) == artifacts.digest_of([["a", "b"]])
+    assert digest_of_rows([text]) == artifacts.digest_of([[3, 4]])
 
 
 @pytest.mark.parametrize(
@@ -243,6 +310,58 @@ def test_a_column_that_is_no_slice_is_refused(
 def test_a_deciding_metric_that_applies_to_no_row_is_refused(line: Line, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="metric json_fields applies to none of the"):
         evaluate(line, tmp_path / "report", gate={"metric": "json_fields"})
+
+
+def prepare_for(line: Line, chats_file: Path, output: Path, **sections: Any) -> None:
+    data = {"train": [str(chats_file)], "test_fraction": 0.25}
+    steps.prepare_data(line.base, data, str(output), **sections)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"evaluation": {"slices": ["kind"]}}, "no test row has a column 'kind'"),
+        ({"evaluation": {}, "gate": {"metric": "json_fields"}}, "json_fields applies to none of"),
+    ],
+)
+def test_an_evaluation_that_the_rows_cannot_give_ends_before_the_training(
+    line: Line, chats_file: Path, tmp_path: Path, sections: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        prepare_for(line, chats_file, tmp_path / "data", **sections)
+
+
+def test_a_gate_that_will_refuse_for_want_of_rows_says_so_before_the_training(
+    line: Line, chats_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare_for(line, chats_file, tmp_path / "data", evaluation={}, gate={"min_rows": 1000})
+    assert "test rows are fewer than gate.min_rows 1000" in capsys.readouterr().out
+
+
+def filled_form(**values: str) -> dict[str, Any]:
+    names = {"train_data": "rows.jsonl", "test_data": "", "model_name": "m", "experiment": "e"}
+    return form.DEFAULTS | names | values
+
+
+def test_a_text_set_that_is_not_there_is_a_fault_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    sets = {"a": str(tmp_path / "none.txt"), "b": str(tmp_path / "empty.txt")}
+    overrides = {"evaluation": {"forgetting_sets": sets}}
+    with pytest.raises(RecipeError) as error:
+        steps.check_recipe(filled_form(base_model="demo"), "lora", {}, overrides, "", "e")
+    assert [fault.partition(": ")[2] for fault in error.value.faults] == [
+        f"{tmp_path}/none.txt can't be read (No such file or directory): name a local file",
+        f"{tmp_path}/empty.txt holds no text",
+    ]
+
+
+@pytest.mark.parametrize(("limit", "told"), [(1024, False), (1025, True)])
+def test_prompts_that_may_leave_no_room_are_told_of_before_the_training(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], limit: int, told: bool
+) -> None:
+    overrides = {"evaluation": {"max_new_tokens": limit}, "data": {"max_seq_len": 1024}}
+    steps.check_recipe(filled_form(base_model=str(tiny_model)), "lora", {}, overrides, "", "e")
+    assert ("more than the model's context of 2048 tokens" in capsys.readouterr().out) == told
 
 
 def test_a_broken_model_is_no_refusal_but_an_error(line: Line, tmp_path: Path) -> None:
@@ -322,6 +441,30 @@ def test_batching_does_not_change_answers(line: Line) -> None:
     together = answers(32, 10_000)
     assert together == answers(1, 10_000) == answers(32, 60)
     assert len(set(together)) > 1
+
+
+def test_prompts_without_room_are_cut_and_counted(
+    tiny_model: Path, chats_file: Path, tmp_path: Path
+) -> None:
+    small = tmp_path / "small"
+    shutil.copytree(tiny_model, small)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 12}))
+    data = {"train": [str(chats_file)], "test_fraction": 0.25, "max_seq_len": 64}
+    steps.prepare_data(str(small), data, str(tmp_path / "data"))
+    settings = {"epochs": 0.1, "batch_tokens": 512}
+    steps.finetune(
+        str(small), str(tmp_path / "data"), {"name": "bitfit", "missing_biases": "add"}, settings,
+        str(tmp_path / "adapter"),
+    )  # fmt: skip
+    report = evaluate(
+        Line(str(small), tmp_path / "data", tmp_path / "adapter"),
+        tmp_path / "report",
+        evaluation={"metrics": ["exact_match"], "general_text": False, "max_rows": 20},
+    )
+    for model in ("base", "tuned"):
+        assert report["answers"][model]["prompts_cut"] == report["answers"][model]["count"] == 20
+    assert "20 prompts lost their start" in (tmp_path / "report" / "report.html").read_text()
 
 
 @pytest.fixture

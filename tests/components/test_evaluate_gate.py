@@ -11,7 +11,7 @@ from tuneline.errors import RecipeError
 from tuneline.evaluate.compare import compare, compare_texts
 from tuneline.evaluate.gate import decide
 from tuneline.evaluate.metrics import metric_named
-from tuneline.recipe import EvaluationSection, GateSection, check_gate
+from tuneline.recipe import EvaluationSection, GateSection, check, check_gate
 
 
 def hits(right: int, count: int) -> list[float | None]:
@@ -105,15 +105,33 @@ def test_token_metrics_weigh_rows_by_their_tokens() -> None:
 
 
 def test_a_row_counts_if_every_model_has_a_score() -> None:
-    found = report([1.0, None, 0.0], [1.0, 1.0, None])["metrics"]["exact_match"]
+    found = report([1.0, None, 0.0, None], [1.0, 1.0, None, None])["metrics"]["exact_match"]
     assert found["rows"] == 1 and found["base"]["score"] == found["tuned"]["score"] == 1.0
+    assert (found["rows_excluded"], found["excluded"]) == (2, [1, 2])
+
+
+def test_a_metric_that_leaves_out_failures_refuses_and_names_the_rows() -> None:
+    base = hits(60, 200)
+    # none of the rows that the base had right; right on half of the others
+    tuned: list[float | None] = [None if b else float(i % 2) for i, b in enumerate(base)]
+    found = verdict(report(base, tuned))
+    third = found["checks"][2]
+    assert (third["check"], third["passed"], third["value"]) == ("rows_excluded", False, 60)
+    assert found["checks"][1]["passed"], "without the check it would pass"
+    assert "on 60 test rows (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...)" in found["reasons"][0]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 9])
+def test_a_gate_on_next_to_no_rows_is_a_fault_of_the_recipe(rows: int) -> None:
+    with pytest.raises(RecipeError, match="min_rows"):
+        check(GateSection, {"min_rows": rows}, source="gate")
 
 
 def test_a_metric_without_rows_has_no_score_and_is_refused() -> None:
     result = report([None, None], [None, None], [None, None])
     block = result["metrics"]["exact_match"]
     assert block["rows"] == 0 and block["tuned"] == {"score": None, "interval": [None, None]}
-    found = verdict(result, min_rows=1)
+    found = verdict(result, min_rows=10)
     assert len(found["reasons"]) == 3 and "no value" in found["reasons"][1]
 
 
@@ -163,6 +181,38 @@ def test_floors_hold_on_every_slice() -> None:
     assert verdict(result, slice_floors={"language=en": 0.9})["passed"]
     absent = verdict(result, slice_floors={"language=fr": 0.1})
     assert "slice language=fr has no test rows" in absent["reasons"][0]
+
+
+def sliced(right: dict[str | None, tuple[int, int]]) -> dict[str, Any]:
+    """A report with a slice for each value: right answers of so many."""
+    tuned = [hit for found, count in right.values() for hit in hits(found, count)]
+    scores = {"base": {"exact_match": hits(0, len(tuned))}, "tuned": {"exact_match": tuned}}
+    metric = metric_named("exact_match")
+    parts, start = [], 0
+    for value, (_, count) in right.items():
+        rows = range(start, start := start + count)
+        blocks = compare(scores, [1] * len(tuned), [metric], rows)
+        parts.append({"value": value, "rows": count, "metrics": blocks})
+    return report(hits(0, len(tuned)), tuned) | {"slices": {"language": parts}}
+
+
+def test_a_floor_on_next_to_no_rows_is_not_held() -> None:
+    result = sliced({"en": (190, 200), "zh": (1, 1)})
+    (reason,) = verdict(result, slice_floors={"language": 0.5})["reasons"]
+    assert "slice language=zh (1 rows) has fewer rows than gate.min_slice_rows 10" in reason
+    assert verdict(result, slice_floors={"language": 0.5}, min_slice_rows=1)["passed"]
+    assert verdict(result, slice_floors={"language=en": 0.5})["passed"]
+
+
+def test_rows_without_the_column_are_judged_by_a_floor_of_the_whole_column() -> None:
+    result = sliced({"en": (190, 200), "None": (20, 20), None: (5, 50)})
+    found = verdict(result, slice_floors={"language": 0.5})
+    assert found["reasons"] == [
+        "slice without language (50 rows) scores 0.100, below the floor 0.5"
+    ]
+    assert found["rows_without_floor"] == {}
+    found = verdict(result, slice_floors={"language=en": 0.5, "language=None": 0.9})
+    assert found["passed"] and found["rows_without_floor"] == {"language": 50}
 
 
 def test_the_forgetting_budget_is_held_against_the_upper_bound() -> None:

@@ -45,7 +45,7 @@ def result(rows: int = 120, text: str = EVIL, values: int = 3, champion: bool = 
     tokens = [7] * rows
     parts = [
         {
-            "value": f"{text} {n}",
+            "value": f"{text} {n}" if n else None,
             "rows": len(range(n, rows, values)),
             "metrics": compare(scores, tokens, metrics, range(n, rows, values)),
         }
@@ -68,11 +68,15 @@ def result(rows: int = 120, text: str = EVIL, values: int = 3, champion: bool = 
         "slices": {text: parts},
         "forgetting": {text: {"digest": "sha256:2", **compare_texts(nlls, [90] * 50)}},
         "tasks": {f"{text} {n}": task for n in range(values)},
-        "answers": {model: {"count": rows, "cut": 2, "empty": 1} for model in models},
+        "answers": {
+            model: {"count": rows, "cut": 2, "empty": 1, "prompts_cut": 3} for model in models
+        },
         "champion": {"version": 4, "compared": True, "reason": "", "digest": "sha256:3"}
         if champion
         else None,
         "eval_set_digest": "sha256:0",
+        "engine": "transformers 5",
+        "samples_by": "exact match",
         "samples": [
             {
                 "question": text,

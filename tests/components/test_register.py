@@ -184,6 +184,21 @@ def test_naming_the_champion_promotes_what_was_not_compared(
     assert aliases(client)["previous"] == 1
 
 
+def test_a_refused_version_has_no_alias(add: Callable[..., int], client: Any) -> None:
+    assert add("a", passed=False) == 1
+    assert aliases(client) == {}
+    assert promote(1).alias == ""
+    assert add("b") == 2 and add("c", passed=False) == 3
+    assert aliases(client) == {"challenger": 2}
+
+
+def test_a_metric_of_any_name_is_registered_and_decides(add: Callable[..., int]) -> None:
+    name = "pass@1 (strict)"  # MLflow takes neither @ nor brackets in a key
+    promote(add("a", metric=name))
+    assert promote(add("b", metric=name, tuned=0.7)).alias == ""
+    assert [(m.metric, m.tuned_score) for m in models()] == [(name, "0.8000"), (name, "0.7000")]
+
+
 def test_rollback_goes_back_in_one_command_and_history_stays(
     add: Callable[..., int], client: Any
 ) -> None:
@@ -480,8 +495,8 @@ def test_models_lists_aliases_and_scores_and_no_history(add: Callable[..., int])
     add("b", passed=False, tuned=0.2)
     listed = models()
     assert [(m.model_name, m.version, m.aliases, m.tuned_score, m.gate) for m in listed] == [
-        ("m", 1, ("champion",), "0.8000", "passed"),
-        ("m", 2, ("challenger",), "0.2000", "refused"),
+        ("m", 1, ("champion", "challenger"), "0.8000", "passed"),
+        ("m", 2, (), "0.2000", "refused"),
     ]
 
 

@@ -2,19 +2,23 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tuneline import form, recipe, steps
-from tuneline.data_prep.sources import BLOCK_ROWS
+from tuneline import base_model, form, recipe, steps
+from tuneline.artifacts import digest_of_file
+from tuneline.data_prep.sources import BLOCK_ROWS, pinned
+from tuneline.errors import DataError, ModelError
 from tuneline.register import tags
 from tuneline.register.register import register
-from tuneline.retrain import decide, ledger
+from tuneline.retrain import decide, fingerprints, ledger
 from tuneline.retrain.profile import drift_between, profile_of
 from tuneline.tracking import Untracked, finish_run, open_client
 
@@ -51,15 +55,19 @@ class World:
 
     def check(self, run_id: str) -> decide.Decision:
         """The first step of a run."""
-        result = steps.check_retrain(
+        result = self.decided(run_id)
+        action, reason, key, version = result[-4:]
+        return decide.Decision(action, reason, key, version)
+
+    def decided(self, run_id: str) -> tuple[Any, ...]:
+        """All that the first step of a run gives."""
+        return steps.check_retrain(
             values=self._values,
             method="lora",
             overrides=self.overrides,
             run_id=run_id,
             experiment="e",
         )
-        action, reason, key, version = result[-4:]
-        return decide.Decision(action, reason, key, version)
 
     def finish(self, run_id: str) -> None:
         """The last step of a run."""
@@ -109,14 +117,15 @@ def test_changed_data_recipe_or_image_is_new_work(
     world.overrides = {"training": {"seed": 7}}
     assert world.check("c").reason == "recipe, base model or image changed"
     world.finish("c")
-    monkeypatch.setenv("TUNELINE_IMAGE", "tuneline@sha256:1")
-    assert world.check("d").action == "train"
-    world.finish("d")
+    for number, name in enumerate(("TUNELINE_IMAGE", "TUNELINE_CPU_IMAGE")):
+        monkeypatch.setenv(name, "tuneline@sha256:1")
+        assert world.check(f"d{number}").action == "train"
+        world.finish(f"d{number}")
     # where it is recorded and when it is due is no work
     world.overrides = {"training": {"seed": 7}, "retrain": {"min_new_rows": 5}}
     assert world.check("e").action == "nothing"
     keys = [entry.key for entry in world.entries()]
-    assert len(set(keys)) == len(keys) == 4
+    assert len(set(keys)) == len(keys) == 5
 
 
 def test_a_changed_file_of_the_evaluation_is_new_work(world: World, tmp_path: Path) -> None:
@@ -215,7 +224,7 @@ def test_two_runs_that_register_the_same_work_make_one_version(
     assert client.get_model_version("m", str(first)).tags[tags.RETRAIN_KEY] == key
 
 
-def test_changed_data_waits_for_a_trigger(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_data_waits_for_a_trigger(world: World) -> None:
     world.overrides = {"retrain": {"min_new_rows": 10, "min_drift": 0.4}}
     assert world.check("a").action == "train"
     world.finish("a")
@@ -229,16 +238,149 @@ def test_changed_data_waits_for_a_trigger(world: World, monkeypatch: pytest.Monk
     world.finish("c")
     write_rows(world.rows, 45, word="an entirely other question, by far longer, about fruit")
     moved = world.check("d")
-    assert (
-        moved.action == "train"
-        and "drift 1.000 of 0.4" in moved.reason
-        and "new rows" not in moved.reason
-    )
+    assert moved.action == "train" and "drift 1.000 of 0.4" in moved.reason
     world.finish("d")
     write_rows(world.rows, 46, word="an entirely other question, by far longer, about fruit")
     world.overrides = {"retrain": {"max_champion_age_days": 7}}
     assert "champion's age none yet" in world.check("e").reason
-    del monkeypatch
+
+
+def test_rows_that_replace_others_are_new_and_copies_are_not(world: World) -> None:
+    world.overrides = {"retrain": {"min_new_rows": 10}}
+    world.check("a")
+    world.finish("a")
+    text = world.rows.read_text()
+    world.rows.write_text(text * 3)
+    assert "no trigger is met: new rows 0 of 10" in world.check("b").reason
+    write_rows(world.rows, 30, first=9)  # a window that slides
+    assert "no trigger is met: new rows 9 of 10" in world.check("c").reason
+    write_rows(world.rows, 30, first=10)
+    slid = world.check("d")
+    assert slid.action == "train" and "new rows 10 of 10" in slid.reason
+
+
+def test_only_changed_data_waits_for_a_trigger(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triggers = {"retrain": {"min_new_rows": 1000}}
+    world.overrides = triggers
+    world.check("a")
+    world.finish("a")
+    world.overrides = {**triggers, "training": {"seed": 7}}
+    changed = world.check("b")
+    assert (changed.action, changed.reason) == ("train", "recipe, base model or image changed")
+    world.finish("b")
+    monkeypatch.setenv("TUNELINE_IMAGE", "tuneline@sha256:2")
+    assert world.check("c").action == "train"
+    world.finish("c")
+    write_rows(world.rows, 31)
+    assert "no trigger is met" in world.check("d").reason
+    monkeypatch.setenv("TUNELINE_IMAGE", "tuneline@sha256:3")
+    assert world.check("e").reason == (
+        "the data changed (31 rows to train on, 30 before); recipe, base model or image changed"
+    )
+
+
+def test_data_that_changes_after_the_decision_is_not_prepared(
+    world: World, tmp_path: Path, tiny_model: Path
+) -> None:
+    base, data, *_, expected, _, _, _, _ = world.decided("a")
+    output = tmp_path / "prepared"
+
+    def prepare() -> None:
+        steps.prepare_data(base, data, str(output), "a", "e", expected=expected)
+
+    prepare()
+    assert (output / "manifest.json").exists()
+    shutil.rmtree(output)
+    write_rows(world.rows, 31)
+    with pytest.raises(DataError, match=r"the data \(.*rows.jsonl\) changed after check_retrain"):
+        prepare()
+    assert not output.exists()
+    write_rows(world.rows, 30)
+    expected["base_model"] = "sha256:another"
+    with pytest.raises(DataError, match="the base model changed after check_retrain"):
+        prepare()
+    steps.prepare_data(base, data, str(output), "a", "e", expected={})  # of any other pipeline
+
+
+def test_a_data_set_of_the_hub_is_pinned_where_the_decision_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from huggingface_hub import HfApi
+
+    asked = []
+
+    def dataset_info(self: Any, repository: str, revision: str | None = None) -> Any:
+        asked.append((repository, revision))
+        return SimpleNamespace(sha="b" * 40)
+
+    monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+    moving = recipe.Source(path="hf://org/rows@main")
+    fixed = recipe.Source(path=f"hf://org/rows@{'a' * 40}")
+    assert pinned(moving).path == f"hf://org/rows@{'b' * 40}"
+    assert pinned(fixed) == fixed and asked == [("org/rows", "main")]
+
+
+class PluginRuns:
+    """The runs that KFP's MLflow plugin makes for a retraining."""
+
+    def __init__(self) -> None:
+        self.client = open_client()
+        self._experiment = self.client.create_experiment("kfp")
+        self.root = self.make("")
+
+    def make(self, parent: str) -> str:
+        tags = {"mlflow.parentRunId": parent} if parent else {}
+        return self.client.create_run(self._experiment, tags=tags).info.run_id
+
+
+def test_training_below_a_condition_of_kfps_plugin_is_seen(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin = PluginRuns()
+    with monkeypatch.context() as environment:
+        environment.setenv("MLFLOW_RUN_ID", plugin.make(plugin.root))
+        assert world.check("a").action == "train"
+    entry = world.entries()[0]
+    later = decide.time.time() + 2 * ledger._LOST_SECONDS
+    monkeypatch.setattr(ledger.time, "time", lambda: later)
+    assert ledger.state_of(plugin.client, entry) == "dead"
+    # the driver of the step made its run, below that of the condition, and its pod waits
+    condition = plugin.make(plugin.root)
+    plugin.client.set_terminated(condition, "FINISHED")
+    step = plugin.make(condition)
+    plugin.client.log_metric(step, "loss", 1.0, timestamp=int((later - 60) * 1000))
+    plugin.client.set_terminated(step, "FAILED", end_time=1)  # the try before
+    assert ledger.state_of(plugin.client, entry) == "alive"
+
+
+def test_an_unchanged_base_model_is_not_read_again(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    monkeypatch.setattr(base_model, "_SETTLED_NANOSECONDS", -1)
+    read: list[str] = []
+
+    def counted(file: Path) -> str:
+        read.append(file.name)
+        return digest_of_file(file)
+
+    monkeypatch.setattr(base_model, "digest_of_file", counted)
+    first = base_model.content_key(str(folder))
+    assert first == base_model.digest_of_model(folder) and "model.safetensors" in read
+    read.clear()
+    assert base_model.content_key(str(folder)) == first and read == []
+    config = folder / "config.json"
+    times = (config.stat().st_atime_ns, config.stat().st_mtime_ns)
+    config.write_text(config.read_text().replace("}", " }", 1))
+    os.utime(config, ns=times)  # as a copy that keeps times does
+    assert base_model.content_key(str(folder)) != first and read == ["config.json"]
+    # what the hub has is named by its commit, and not fetched
+    hub = f"hf://org/name@{'a' * 40}"
+    assert base_model.content_key(hub) == hub
+    with pytest.raises(ModelError, match="is not pinned"):
+        base_model.content_key("hf://org/name@main")
 
 
 def test_an_old_champion_lets_a_small_change_train(
@@ -286,6 +428,31 @@ def test_a_profile_counts_all_rows_and_samples_by_content(tmp_path: Path) -> Non
     assert first.digests != second.digests and drift_between(first, second) == 0
     held_out = profile(path, test=[str(backwards)])
     assert held_out.rows == rows and set(held_out.digests) == {str(path), str(backwards)}
+
+
+def test_a_sketch_of_more_rows_than_it_keeps_estimates_the_new_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import random
+
+    monkeypatch.setattr(fingerprints, "MOST", 2**12)
+    numbers = random.Random(5)
+    rows = [numbers.getrandbits(32) for _ in range(60_000)]
+
+    def taken(some: list[int]) -> fingerprints.Fingerprints:
+        collector = fingerprints.Collector()
+        for row in some:
+            collector.add(row)
+        found = collector.result()
+        assert len(found.values) == 2**12
+        again = fingerprints.Fingerprints.from_json(json.loads(json.dumps(found.as_json())))
+        assert (again.values == found.values).all() and again.below == found.below
+        return again
+
+    before, now = taken(rows[:50_000]), taken(rows[10_000:])
+    error = (10_000 * 60_000 / 2**12) ** 0.5  # one standard error, as the module says
+    assert abs(fingerprints.rows_added(before, now) - 10_000) < 3 * error
+    assert fingerprints.rows_added(now, now) == 0
 
 
 def test_drift_is_small_between_samples_of_one_kind_and_large_between_kinds(tmp_path: Path) -> None:

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from tuneline.data_prep.prepare import prepare
 from tuneline.errors import RegistryError
-from tuneline.spool import Entry, Spool
+from tuneline.finetune.trainer import GRACE_SECONDS
+from tuneline.recipe import DataSection
+from tuneline.spool import Entry, Refused, Spool
 from tuneline.tracking import tracked
 
 
@@ -71,6 +74,48 @@ def test_half_a_line_that_a_kill_left_is_dropped(tmp_path: Path) -> None:
     spool.put({"loss": 2.0}, 2)
     assert spool.close(30)
     assert receiver.got == [("loss", 1, 1.0), ("loss", 2, 2.0)]
+
+
+@pytest.mark.parametrize("sent", ["", "x", "7", "-3", "99999"])
+def test_damage_holds_up_nothing_and_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], sent: str
+) -> None:
+    path = tmp_path / "run.jsonl"
+    good = [
+        json.dumps({"metrics": {"loss": float(step)}, "step": step, "time_ms": 5, "status": ""})
+        for step in (1, 2)
+    ]
+    garbage = ["\0\0\0\0", '{"metrics": 3}', "[]", '{"metrics": {"loss": "x"}, "step": 1}', ""]
+    path.write_text("\n".join([good[0], *garbage, good[1], "\0\0"]) + "\n")
+    path.with_suffix(".sent").write_text(sent)  # what a power cut leaves of it
+    receiver = Receiver()
+    spool = Spool(path, receiver)
+    spool.put({"loss": 3.0}, 3)
+    assert spool.close(30)
+    # one that says 7 is in the middle of the first line, which was not sent then
+    expected = [1, 2, 3] if sent != "7" else [2, 3]
+    assert receiver.got == [("loss", step, float(step)) for step in expected]
+    assert f"{path}: damaged lines are left out: [2, 3, 4, 5, 6, 8]" in capsys.readouterr().out
+    again = Spool(path, receiver)
+    assert again.close(30) and len(receiver.got) == len(expected), "sent, whatever lies behind it"
+
+
+def test_what_is_refused_for_good_is_set_aside_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(entries: Sequence[Entry]) -> None:
+        raise Refused("the run was deleted")
+
+    path = tmp_path / "run.jsonl"
+    spool = Spool(path, refuse)
+    spool.put({"loss": 1.0}, 1)
+    spool._thread.join(30)
+    spool.put({"loss": 2.0}, 2)  # the step goes on
+    assert not spool.close(30)
+    assert [file.name for file in tmp_path.iterdir()] == ["run.jsonl.refused"]
+    output = capsys.readouterr().out
+    assert f"{path}.refused" in output and "the run was deleted" in output
+    assert len((tmp_path / "run.jsonl.refused").read_text().splitlines()) == 2
 
 
 def test_only_one_process_writes_a_spool(tmp_path: Path) -> None:
@@ -199,3 +244,93 @@ def test_a_step_that_ends_while_the_server_is_away_leaves_its_metrics_to_the_nex
         assert run.info.status == "FINISHED"
     finally:
         server.stop()
+
+
+# ---- training without a server
+
+
+_TRAIN = """
+import sys
+from tuneline import steps
+steps.guard(
+    steps.finetune, base_model=sys.argv[1], dataset=sys.argv[2], method={"name": "lora"},
+    training={"epochs": float(sys.argv[4]), "batch_tokens": 128, "learning_rate": 0.01},
+    output=sys.argv[3], run_id="pipeline-run", experiment="late",
+)
+"""
+
+
+@pytest.fixture
+def dataset(tiny_model: Path, chats_file: Path, tmp_path: Path) -> Path:
+    data = DataSection(train=(str(chats_file),), validation_fraction=0.2, test_fraction=0.6)
+    return prepare(str(tiny_model), data, tmp_path / "data").path
+
+
+def _train(model: Path, dataset: Path, folder: Path, uri: str, epochs: int) -> subprocess.Popen:
+    """Until it has trained a step."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _TRAIN, str(model), str(dataset), str(folder / "out"), str(epochs)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "OMP_NUM_THREADS": "1",
+            "MLFLOW_TRACKING_URI": uri,
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+            "TUNELINE_CHECKPOINTS": str(folder / "checkpoints"),
+        },
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "grad norm" in line:
+            return process
+    pytest.fail(process.communicate()[1])
+
+
+@pytest.mark.slow
+def test_training_goes_on_without_a_server_that_comes_up_later(
+    tiny_model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    import mlflow
+
+    server = MlflowServer(tmp_path)
+    process = _train(tiny_model, dataset, tmp_path, server.uri, epochs=3)
+    server.start()
+    try:
+        output, errors = process.communicate(timeout=180)
+        assert process.returncode == 0, output + errors
+        client = mlflow.MlflowClient(server.uri)
+        experiment = client.get_experiment_by_name("late")
+        assert experiment is not None
+        runs = client.search_runs([experiment.experiment_id])
+        (run,) = [r for r in runs if r.data.tags["kfp.task"] == "finetune_lora"]
+        logged = [entry for entry in _history(tmp_path / "out") if "loss" in entry]
+        points = client.get_metric_history(run.info.run_id, "loss")
+        assert [(p.step, p.value) for p in points] == [(e["step"], e["loss"]) for e in logged]
+        assert run.data.params["tuneline.batch_tokens"] == "128"
+        assert run.info.status == "FINISHED"
+    finally:
+        server.stop()
+    assert not list((tmp_path / "checkpoints" / "metrics").rglob("*.jsonl"))
+
+
+def _history(adapter: Path) -> list[dict]:
+    return [json.loads(line) for line in (adapter / "history.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_sigterm_ends_training_within_the_grace_while_mlflow_does_not_answer(
+    tiny_model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as hole:  # takes, and never answers
+        uri = f"http://127.0.0.1:{hole.getsockname()[1]}"
+        process = _train(tiny_model, dataset, tmp_path, uri, epochs=2000)
+        process.terminate()
+        output, errors = process.communicate(timeout=GRACE_SECONDS)
+    assert process.returncode == 143, output + errors
+    last = errors.splitlines()[-1]
+    assert "a checkpoint of step" in last and "run it again to go on" in last
+    lines = output.splitlines()
+    said = [n for n, line in enumerate(lines) if "was written: run it again" in line]
+    away = [n for n, line in enumerate(lines) if "the metrics of this step wait in" in line]
+    assert said and away and said[0] < away[0], "first what was saved"

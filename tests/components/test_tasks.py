@@ -18,7 +18,7 @@ from tuneline.evaluate.evaluate import measure_base
 from tuneline.evaluate.gate import decide
 from tuneline.evaluate.task_files import check_tasks, read_task_file
 from tuneline.evaluate.tasks import LoadedTask, TaskResult, compare_tasks, load_tasks, run_tasks
-from tuneline.evaluate.vllm_answers import check_engine, hindrance
+from tuneline.evaluate.vllm_answers import chosen_engine, hindrance
 from tuneline.recipe import EvaluationSection, GateSection, check, check_gate
 
 COLOURS = ["red", "blue", "green", "white"]
@@ -487,7 +487,7 @@ def test_a_drop_is_judged_by_the_far_end_of_its_interval(
     place: str, most: float, passed: bool, sentence: str
 ) -> None:
     def block(low: float | None, high: float | None) -> dict[str, Any]:
-        return {"rows": 200, "over_base": {"gain_interval": [low, high]}}
+        return {"rows": 200, "rows_excluded": 0, "over_base": {"gain_interval": [low, high]}}
 
     result = {
         "metrics": {"exact_match": block(0.1, 0.2)},
@@ -500,17 +500,26 @@ def test_a_drop_is_judged_by_the_far_end_of_its_interval(
     assert last["passed"] is verdict["passed"] is passed and sentence in last["sentence"]
 
 
-def test_vllm_is_refused_where_it_is_not_and_never_chosen_by_itself(
+def test_vllm_is_taken_where_it_can_run_and_refused_where_it_is_asked_for_and_can_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert EvaluationSection().engine == "transformers"
-    check_engine("transformers")
+    assert EvaluationSection().engine == "auto"
+    assert chosen_engine("auto") == chosen_engine("transformers") == "transformers"
     with pytest.raises(RecipeError, match="vllm is not installed here"):
-        check_engine("vllm")
+        chosen_engine("vllm")
     monkeypatch.setattr("tuneline.evaluate.vllm_answers.find_spec", lambda name: object())
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert chosen_engine("auto") == "transformers"
     with pytest.raises(RecipeError, match="vllm needs an accelerator"):
-        check_engine("vllm")
+        chosen_engine("vllm")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (6, 1))
+    assert chosen_engine("auto") == "transformers"
+    with pytest.raises(RecipeError, match=r"needs compute capability 7\.0, .* has 6\.1"):
+        chosen_engine("vllm")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 9))
+    assert chosen_engine("auto") == chosen_engine("vllm") == "vllm"
+    assert chosen_engine("transformers") == "transformers"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def environment(request: pytest.FixtureRequest) -> dict[str, str]:
     mlflow = request.config.getoption("--mlflow-uri")
     if not host or not mlflow:
         pytest.skip("needs --kfp-host and --mlflow-uri")
-    namespace = request.config.getoption("--kfp-namespace")
+    namespace = request.config.getoption("--namespace")
     return {
         **os.environ,
         "KFP_HOST": host,

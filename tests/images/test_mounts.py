@@ -1,6 +1,7 @@
 """What a container of a local run gets to see, without an engine."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,14 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return here
 
 
-def seen(work: Path, **data: Any) -> tuple[dict[str, tuple[str, bool]], dict[str, Any]]:
+def seen(
+    work: Path, base_model: str = "model", evaluation: dict[str, Any] | None = None, **data: Any
+) -> tuple[dict[str, tuple[str, bool]], dict[str, Any]]:
     """Inside -> (outside, whether it is read-only); and all options."""
     recipe = Recipe.model_validate(
-        {"model": {"base_model": "model"}, "data": data, "registry": {"model_name": "m"}}
-    )
+        {"model": {"base_model": base_model}, "data": data, "registry": {"model_name": "m"},
+         "evaluation": evaluation or {}}
+    )  # fmt: skip
     options = containers.runner(recipe, work / "work").container_run_args
     mounts = {m["Target"]: (m["Source"], bool(m["ReadOnly"])) for m in options["mounts"]}
     return mounts, options
@@ -77,6 +81,7 @@ def test_checkpoints_elsewhere_can_be_written_also_inside_of_the_cache(
         ("MLFLOW_TRACKING_URI", "sqlite:////work/mlflow.db", "none"),
         ("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000", "host"),
         ("MLFLOW_TRACKING_URI", "https://mlflow.example.org", "bridge"),
+        ("MLFLOW_REGISTRY_URI", "https://registry.example.org", "bridge"),
         ("AWS_ENDPOINT_URL", "http://localhost:8333", "host"),
         ("TUNELINE_CHECKPOINTS", "s3://bucket/checkpoints", "bridge"),
     ],
@@ -86,3 +91,58 @@ def test_there_is_a_network_only_where_something_has_to_be_reached(
 ) -> None:
     monkeypatch.setenv(name, value)
     assert seen(work, train="data/a.jsonl")[1]["network_mode"] == network
+
+
+COMMIT = "0123456789" * 4
+
+
+@pytest.mark.parametrize(
+    ("named", "network"),
+    [
+        ({"train": "s3://bucket/train.jsonl"}, "bridge"),
+        ({"train": "gs://bucket/train.jsonl"}, "bridge"),
+        ({"train": "hf://org/rows"}, "bridge"),
+        ({"test": "s3://bucket/test.jsonl"}, "bridge"),
+        ({"base_model": "s3://bucket/model"}, "bridge"),
+        ({"base_model": f"hf://org/name@{COMMIT}"}, "bridge"),
+        ({"evaluation": {"tasks": ["hellaswag"]}}, "bridge"),
+        ({"evaluation": {"tasks": ["own.yaml"]}}, "none"),
+        ({"base_model": "demo"}, "none"),
+    ],
+)
+def test_there_is_a_network_where_the_recipe_names_another_machine(
+    work: Path, monkeypatch: pytest.MonkeyPatch, named: dict[str, Any], network: str
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    given = {"train": "data/a.jsonl", **named}
+    options = seen(work, **given)[1]
+    assert options["network_mode"] == network
+    assert (options["environment"].get("HF_HUB_OFFLINE") == "1") == (network == "none")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:8333")
+    assert seen(work, **given)[1]["network_mode"] == "host"
+
+
+def test_a_mirror_of_the_hub_on_this_machine_is_reached(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://localhost:8080")
+    assert seen(work, train="data/a.jsonl")[1]["network_mode"] == "none"
+    options = seen(work, train="hf://org/rows")[1]
+    assert options["network_mode"] == "host"
+    assert options["environment"]["HF_ENDPOINT"] == "http://localhost:8080"
+
+
+def test_a_base_model_of_the_hub_needs_no_network_once_it_is_in_the_cache(
+    work: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    reference = f"hf://org/name@{COMMIT}"
+    snapshot = tmp_path / "cache/hub/models--org--name/snapshots" / COMMIT
+    shutil.copytree(tiny_model, snapshot)
+    assert seen(work, reference, train="data/a.jsonl")[1]["network_mode"] == "none"
+    assert seen(work, reference, train="hf://org/rows")[1]["network_mode"] == "bridge"
+    (snapshot / "model.safetensors").unlink()  # a fetch that was cut off
+    assert seen(work, reference, train="data/a.jsonl")[1]["network_mode"] == "bridge"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert seen(work, reference, train="data/a.jsonl")[1]["network_mode"] == "none"

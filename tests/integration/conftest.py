@@ -1,7 +1,7 @@
 """A real MLflow server for the registry's tests: PostgreSQL, S3 on SeaweedFS, basic auth.
 
 It runs once per session, as `make services-up` starts it. Where a part can't be had, the tests are
-skipped and say which one is missing.
+skipped and say which one is missing; in CI they fail.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -51,11 +51,14 @@ def services_up(services: ModuleType, services_folder: Path) -> Callable[..., An
 
 @pytest.fixture(scope="session")
 def server(
-    services: ModuleType, services_folder: Path, services_up: Callable[..., Any]
+    services: ModuleType,
+    services_folder: Path,
+    services_up: Callable[..., Any],
+    lacking: Callable[[str, str], NoReturn],
 ) -> Iterator[Any]:
     """All of them, running."""
     if reason := services.missing():
-        pytest.skip(reason)
+        lacking("services", reason)
     try:
         yield services_up()
     finally:

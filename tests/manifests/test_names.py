@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from tuneline.pools import read
+from tuneline_pipelines import schedules
 
 ROOT = Path(__file__).parents[2]
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
@@ -79,6 +80,16 @@ def test_packages_find_their_secrets(
                 assert keys <= found[entry["secretName"]], overlay
 
 
+def test_no_step_holds_the_login_of_mlflow_s_administrator(overlays: Overlays) -> None:
+    def entries(name: str, namespace: str) -> set[str]:
+        secret = names(overlays["production"], "ExternalSecret", namespace)[name]
+        return {one["remoteRef"]["key"] for one in secret["spec"]["data"]}
+
+    steps = entries("tuneline-mlflow-steps", "tuneline")
+    assert entries("tuneline-mlflow", RUNS) == entries("kfp-mlflow-credentials", RUNS) == steps
+    assert not steps & entries("tuneline-mlflow-admin", "tuneline")
+
+
 def test_packages_find_their_volumes(executors: list[dict[str, Any]], overlays: Overlays) -> None:
     for overlay, things in overlays.items():
         claims = names(things, "PersistentVolumeClaim")
@@ -145,6 +156,24 @@ def test_schedules_are_the_examples() -> None:
         assert (ROOT / "manifests/components/schedules" / name).read_text() == example
 
 
+def test_production_has_no_schedule_but_the_user_s_own(overlays: Overlays, tmp_path: Path) -> None:
+    """Those of the demo would train and promote its model every night."""
+    maps = names(overlays["production"], "ConfigMap")
+    (files,) = (m["data"] for name, m in maps.items() if name.startswith("tuneline-schedules-"))
+    assert files.keys() == {"schedules.yaml"}
+    file = tmp_path / "schedules.yaml"
+    file.write_text(files["schedules.yaml"])
+    read_file = schedules.read(file)
+    assert read_file.schedules == () and read_file.group == "example"
+    # the entry that it shows is one
+    shown = (
+        files["schedules.yaml"].replace("schedules: []\n# ", "schedules:\n").replace("\n# ", "\n")
+    )
+    file.write_text("group: example\n" + shown[shown.index("schedules:") :])
+    (entry,) = schedules.read(file).schedules
+    assert (entry.name, entry.pipeline) == ("example-nightly", "retrain")
+
+
 def references(spec: dict[str, Any]) -> list[tuple[str, str, str | None]]:
     """Kind, name and key of what the containers of a pod read."""
     found: list[tuple[str, str, str | None]] = []
@@ -203,7 +232,11 @@ def test_services_find_what_they_read(
 
 
 def test_policies_and_services_select_pods_that_are_there(overlays: Overlays) -> None:
-    labels = [{"pipelines.kubeflow.org/v2_component": "true"}]  # the steps of runs
+    labels = [
+        {"pipelines.kubeflow.org/v2_component": "true"},  # the steps of runs
+        {"app.kubernetes.io/name": "prometheus"},
+        {"acme.cert-manager.io/http01-solver": "true"},
+    ]
     for thing in overlays["staging"]:
         spec = thing.get("spec", {})
         spec = spec.get("jobTemplate", {}).get("spec", spec)
@@ -225,7 +258,7 @@ def test_policies_and_services_select_pods_that_are_there(overlays: Overlays) ->
                 assert selects({"matchLabels": spec["selector"]}), (where, thing["metadata"])
             if thing["kind"] == "NetworkPolicy":
                 assert selects(spec["podSelector"]), (where, thing["metadata"])
-                peers = [p for rule in spec.get("ingress", ()) for p in rule["from"]]
+                peers = [p for rule in spec.get("ingress", ()) for p in rule.get("from", ())]
                 peers += [p for rule in spec.get("egress", ()) for p in rule["to"]]
                 for peer in peers:
                     assert selects(peer.get("podSelector", {})), (where, thing["metadata"])

@@ -290,7 +290,7 @@ def test_local_runs_the_image_of_this_release(ours: list[tuple[str, Manifest]]) 
 
 
 def test_every_pod_is_under_a_policy_that_denies(ours: list[tuple[str, Manifest]]) -> None:
-    """Our services by their namespace's, steps and the schedules' pod by their own."""
+    """Our services by their namespace's, steps and the clocks' pods by their own."""
     policies = [t for where, t in ours if where == "staging" and t["kind"] == "NetworkPolicy"]
     denying = {
         (p["metadata"]["namespace"], tuple(p["spec"]["podSelector"].get("matchLabels", {}).items()))
@@ -301,13 +301,17 @@ def test_every_pod_is_under_a_policy_that_denies(ours: list[tuple[str, Manifest]
         ("tuneline", ()),
         ("kubeflow", (("pipelines.kubeflow.org/v2_component", "true"),)),
         ("kubeflow", (("app.kubernetes.io/name", "tuneline-schedules"),)),
+        ("kubeflow", (("app.kubernetes.io/name", "tuneline-champions"),)),
     }
     homes = {
         (thing["metadata"]["namespace"], thing["metadata"]["name"])
         for where, thing in ours
         if where == "staging" and pod(thing) is not None
     }
-    assert {name for namespace, name in homes if namespace == "kubeflow"} == {"tuneline-schedules"}
+    assert {name for namespace, name in homes if namespace == "kubeflow"} == {
+        "tuneline-schedules",
+        "tuneline-champions",
+    }
 
 
 def test_namespace_of_our_services_is_restricted(ours: list[tuple[str, Manifest]]) -> None:

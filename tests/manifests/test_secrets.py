@@ -9,9 +9,10 @@ Secrets = dict[tuple[str, str], dict[str, str]]
 
 def test_logins_fit_each_other(secrets: Secrets) -> None:
     admin = secrets["tuneline", "tuneline-mlflow-admin"]
+    steps = secrets["tuneline", "tuneline-mlflow-steps"]
     for name in ("tuneline-mlflow", "kfp-mlflow-credentials"):
-        login = secrets["kubeflow", name]
-        assert login == {key: admin[key] for key in ("username", "password")}
+        assert secrets["kubeflow", name] == steps
+    assert not {steps["username"], steps["password"]} & set(admin.values())
     store = secrets["tuneline", "tuneline-object-store"]
     keys = {identity["name"]: identity for identity in json.loads(store["s3.json"])["identities"]}
     for namespace, bucket in (("tuneline", "mlflow"), ("kubeflow", "tuneline")):
@@ -41,7 +42,7 @@ def test_secrets_are_long_and_differ(secrets: Secrets) -> None:
         }
         and ("password" in key or "secret" in key)
     ]  # fmt: skip
-    assert len(values) == len(set(values)) == 8
+    assert len(values) == len(set(values)) == 9
     assert all(len(value) >= 48 for value in values)
 
 

@@ -108,7 +108,7 @@ def endpoint(
     host = request.config.getoption("--kfp-host")
     prefix = f"tuneline-test-{secrets.token_hex(4)}"
     if host:
-        found = Endpoint(host, request.config.getoption("--kfp-namespace") or "", prefix, None)
+        found = Endpoint(host, request.config.getoption("--namespace") or "", prefix, None)
         monkeypatch.setenv("KFP_HOST", host)
         if found.namespace:
             monkeypatch.setenv("KFP_NAMESPACE", found.namespace)

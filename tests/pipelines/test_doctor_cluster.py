@@ -148,7 +148,7 @@ def test_what_is_looked_for_is_what_the_packages_refer_to(folder: Path) -> None:
     ]
     assert found.pools_files == {resources.POOLS: "pools.yaml"}
     assert found.labels == {resources.QUEUE_LABEL: resources.QUEUE}
-    assert found.config_maps["tuneline"]["mlflow_tracking_uri"] == "MLFLOW_TRACKING_URI"
+    assert found.config_maps["tuneline"]["mlflow_tracking_uri"] == "TUNELINE_MLFLOW_TRACKING_URI"
     assert found.secrets["tuneline-mlflow"]["password"] == "MLFLOW_TRACKING_PASSWORD"
     assert found.pools == ["gpu", "cpu"]
 
@@ -433,6 +433,113 @@ def test_what_a_login_may_not_look_at_is_a_warning_that_names_the_verb(
     text = found["queue"]
     assert "may not get localqueues.kueue.x-k8s.io in namespace tuneline:" in text
     assert found["MLflow of the pods"].startswith("ok")  # the rest is looked at all the same
+
+
+def test_a_config_map_is_looked_at_by_a_login_that_may_read_no_secret(
+    look: Look, cluster: Any
+) -> None:
+    cluster.denied.append("/secrets/")
+    cluster.put("configmaps", "tuneline", data={"mlflow_tracking_uri": "sqlite:///m.db"})
+    text = look()["config map tuneline, key mlflow_tracking_uri"]
+    assert text.startswith("error") and "each pod would have one of its own" in text
+    cluster.denied.append("/deployments/")  # so that the plugin is unknown
+    cluster.put("configmaps", "tuneline", data={})
+    found = look()
+    text = found["config map tuneline, key mlflow_tracking_uri"]
+    assert text.startswith("error") and "plugin sets it, which can't be told" in text
+    assert "may not get deployments.apps" in found["KFP's MLflow plugin"]
+
+
+def test_claims_are_looked_at_by_a_login_that_may_list_no_nodes(look: Look, cluster: Any) -> None:
+    cluster.denied += ["/nodes", "/storageclasses"]
+    put_claim(cluster, "tuneline-model-cache", mode="ReadWriteOnce")
+    put_claim(cluster, "tuneline-checkpoints", "Lost")
+    found = look()
+    text = found["volume claim tuneline-model-cache"]
+    assert text.startswith("warning") and "may not list nodes" in text
+    assert found["volume claim tuneline-checkpoints"].startswith("error")
+    put_claim(cluster, "tuneline-checkpoints", "Pending")
+    text = look()["volume claim tuneline-checkpoints"]
+    assert text.startswith("warning") and "may not get storageclasses.storage.k8s.io" in text
+    put_claim(cluster, "tuneline-model-cache", mode="ReadOnlyMany")
+    assert "can't be written" in look()["volume claim tuneline-model-cache"]
+
+
+def put_plugin(cluster: Any, mount: str = "/config/config.json", **settings: Any) -> None:
+    """KFP's API server with settings of its own, as manifests/components/kfp has them."""
+    given = {
+        "authType": "basic-auth",
+        "credentialSecretRef": {"usernameKey": "username", "passwordKey": "password"},
+        "injectUserEnvVars": True,
+        **settings,
+    }
+    mlflow = {"endpoint": "http://mlflow.tracking.svc:5000", "settings": given}
+    text = json.dumps({"plugins": {"mlflow": mlflow}})
+    cluster.put("configmaps", "kfp-config", "kubeflow", data={"config.json": text})
+    mounted = {"name": "config", "mountPath": mount}
+    if mount.endswith(".json"):
+        mounted["subPath"] = "config.json"
+    container = {
+        "name": "ml-pipeline-api-server", "image": "ghcr.io/kubeflow/kfp-api-server:2.17.0",
+        "volumeMounts": [{"name": "other", "mountPath": "/etc/other"}, mounted],
+    }  # fmt: skip
+    volumes = [
+        {"name": "other", "emptyDir": {}},
+        {"name": "config", "configMap": {"name": "kfp-config"}},
+    ]
+    cluster.put(
+        "deployments", "ml-pipeline", "kubeflow",
+        spec={"selector": {},
+              "template": {"spec": {"containers": [container], "volumes": volumes}}},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mount", ["/config/config.json", "/config"])
+def test_a_login_of_kfp_s_plugin_counts_where_it_is_handed_to_the_steps(
+    look: Look, cluster: Any, mount: str
+) -> None:
+    cluster.remove("secrets", "tuneline-mlflow")
+    cluster.put("configmaps", "tuneline", data={})
+    put_plugin(cluster, mount)
+    cluster.put("secrets", "kfp-mlflow-credentials", data=encoded(username="ada", password="x"))
+    found = look()
+    assert found["KFP's MLflow plugin"].startswith("ok")
+    assert found["secret kfp-mlflow-credentials"].endswith("has username, password")
+    assert found["secret tuneline-mlflow"].startswith("ok")
+    assert found["config map tuneline, key mlflow_tracking_uri"].startswith("warning")
+    cluster.put("secrets", "kfp-mlflow-credentials", data=encoded(username="ada", pass_word="x"))
+    text = look()["secret kfp-mlflow-credentials, key password"]
+    assert text.startswith("error") and "Did you mean 'pass_word'?" in text
+    cluster.remove("secrets", "kfp-mlflow-credentials")
+    text = look()["secret kfp-mlflow-credentials"]
+    assert text.startswith("error") and "no pod would start" in text
+
+
+@pytest.mark.parametrize("settings", [None, {"injectUserEnvVars": False}, {"authType": "none"}])
+def test_a_secret_of_the_plugin_s_name_alone_is_no_login(
+    look: Look, cluster: Any, settings: dict[str, Any] | None
+) -> None:
+    cluster.remove("secrets", "tuneline-mlflow")
+    cluster.put("secrets", "kfp-mlflow-credentials", data=encoded(username="ada", password="x"))
+    if settings is not None:
+        put_plugin(cluster, **settings)
+    text = look()["secret tuneline-mlflow"]
+    assert text.startswith("error") and "wants a login" in text
+
+
+def test_a_kueue_that_leaves_pods_alone_is_told(look: Look, cluster: Any) -> None:
+    def configure(text: str) -> None:
+        data = {"controller_manager_config.yaml": text}
+        cluster.put("configmaps", "kueue-manager-config", "kueue-system", data=data)
+
+    configure("integrations: {frameworks: [batch/job, ray.io/rayjob]}")
+    text = look()["queue tuneline"]
+    assert text.startswith("warning") and "leaves plain pods alone" in text
+    assert "kueue-system/kueue-manager-config" in text
+    configure("integrations: {frameworks: [batch/job, pod]}")
+    assert look()["queue tuneline"].startswith("ok")
+    cluster.denied.append("/kueue-manager-config")
+    assert look()["queue tuneline"].startswith("ok")
 
 
 def test_a_login_that_is_not_accepted_ends_the_looking(

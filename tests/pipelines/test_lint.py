@@ -4,6 +4,7 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportOptionalMemberAccess=false
 import copy
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from kfp import dsl, kubernetes
 from kfp.compiler import Compiler
+from kfp.dsl.pipeline_context import Pipeline
 
 from tuneline.errors import UsageError
 from tuneline_pipelines import cli, lint
@@ -51,10 +53,20 @@ def on_gpu(task: Any) -> Any:
     return task
 
 
-def compiled(build: Callable[..., None], tmp_path: Path, **options: Any) -> list[Any]:
-    """The documents of a pipeline with this body."""
+def compiled(
+    build: Callable[..., None], tmp_path: Path, *, as_a_user: bool = True, **options: Any
+) -> list[Any]:
+    """The documents of a pipeline with this body, whose steps run as a user."""
+
+    @functools.wraps(build)
+    def body(*values: Any, **named: Any) -> None:
+        build(*values, **named)
+        for task in Pipeline.get_default_pipeline().tasks.values():
+            if as_a_user and task.container_spec is not None:
+                kubernetes.set_security_context(task, run_as_user=10001, run_as_non_root=True)
+
     path = tmp_path / "package.yaml"
-    Compiler().compile(dsl.pipeline(name="p", **options)(build), str(path))
+    Compiler().compile(dsl.pipeline(name="p", **options)(body), str(path))
     return lint.read(path)
 
 
@@ -272,6 +284,50 @@ def test_a_workspace_without_access_modes_is_found(tmp_path: Path) -> None:
     assert rules(packaged(accessModes=["ReadWriteOnce"])) == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "place", "found"),
+    [
+        ("MLFLOW_TRACKING_URI", "config map", True),
+        ("MLFLOW_TRACKING_URI", "value", True),
+        ("MLFLOW_RUN_ID", "field", True),
+        ("MLFLOW_EXPERIMENT_ID", "secret", True),
+        ("MLFLOW_TRACKING_USERNAME", "config map", True),
+        ("MLFLOW_TRACKING_USERNAME", "secret", False),  # two secrets merge, the later one stays
+        ("TUNELINE_MLFLOW_TRACKING_URI", "config map", False),
+    ],
+)
+def test_a_variable_of_kfps_mlflow_plugin_is_found(
+    name: str, place: str, found: bool, tmp_path: Path
+) -> None:
+    def pipeline():
+        task = work()
+        if place == "value":
+            task.set_env_variable(name, "http://mlflow:5000")
+        elif place == "config map":
+            kubernetes.use_config_map_as_env(task, "settings", {"key": name})
+        elif place == "secret":
+            kubernetes.use_secret_as_env(task, "login", {"key": name})
+        else:
+            kubernetes.use_field_path_as_env(task, name, "metadata.name")
+
+    broken = rules(compiled(pipeline, tmp_path))
+    assert set(broken) == ({"plugin-variable"} if found else set())
+    assert not found or f"sets {name}" in broken["plugin-variable"]
+
+
+def test_a_step_that_may_run_as_root_is_found(tmp_path: Path) -> None:
+    def pipeline():
+        work()
+
+    found = rules(compiled(pipeline, tmp_path, as_a_user=False))
+    assert set(found) == {"non-root"} and "run_as_non_root=True" in found["non-root"]
+
+    def as_root():
+        kubernetes.set_security_context(work(), run_as_user=0, run_as_non_root=True)
+
+    assert set(rules(compiled(as_root, tmp_path, as_a_user=False))) == {"non-root"}
+
+
 def test_every_rule_has_a_failing_example_here() -> None:
     source = Path(__file__).read_text()
     assert [rule for rule in lint.RULES if f'"{rule}"' not in source] == []
@@ -282,7 +338,7 @@ def test_every_rule_has_a_failing_example_here() -> None:
 
 def test_a_package_inside_of_a_kubernetes_object_is_read(tmp_path: Path) -> None:
     def pipeline():
-        register_model()
+        kubernetes.set_security_context(register_model(), run_as_user=1, run_as_non_root=True)
 
     path = tmp_path / "object.yaml"
     Compiler().compile(dsl.pipeline(name="p")(pipeline), str(path), kubernetes_manifest_format=True)

@@ -95,7 +95,7 @@ def test_new_work_is_done_once_worse_work_is_refused_and_a_rollback_stays(
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     worse, text = retrain(recipe_file)
     assert (worse["action"], worse["version"], worse["gate"]) == ("train", 3, "refused")
-    assert worse["aliases"] == ["challenger"]
+    assert worse["aliases"] == []
 
     import mlflow
 

@@ -25,6 +25,20 @@ def test_a_run_is_followed_to_its_end(endpoint: Any, write_package: Callable[...
     assert len(lines) == len(set(lines))
 
 
+def test_a_step_that_waits_for_a_node_is_told_of(
+    api: Any, endpoint: Any, write_package: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del api  # a real cluster decides itself how long a pod waits
+    monkeypatch.setattr(runs, "PENDING_SECONDS", 0)
+    package, run = endpoint.submit(write_package(), word="hello")
+    endpoint.go(run.run_id, package, ["PENDING", "PENDING", "RUNNING", "RUNNING", "SUCCEEDED"])
+    lines: list[str] = []
+    runs.wait(endpoint.connect(), run.run_id, package.steps, lines.append)
+    assert [line.split(maxsplit=2)[2] for line in lines] == [
+        "pending", "pending for 0:00", "running (was pending for 0:00)", "succeeded",
+    ]  # fmt: skip
+
+
 def test_a_failed_run_tells_the_step_and_its_last_words(
     endpoint: Any, write_package: Callable[..., Path]
 ) -> None:
@@ -94,7 +108,7 @@ def test_pods_are_named_as_kfp_names_their_templates(packages_folder: Path) -> N
     assert steps["check-recipe"].template == "retry-system-container-impl"
     # one pod label, for the queue
     assert steps["finetune-lora"].template == "metadata-0-1-retry-system-container-impl"
-    assert steps["finetune-lora"].attempts == 4
+    assert steps["finetune-lora"].attempts == 31
     inside = packages.read(packages_folder / "retrain.yaml").steps
     assert {"check-retrain", "finetune-chosen", "promote"} <= set(inside)
 

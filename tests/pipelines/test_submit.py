@@ -1,6 +1,9 @@
 """Submitting runs to KFP: one run for one request, of what the recipe says."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,8 @@ def test_the_newest_version_runs_with_the_recipes_parameters(
     assert parameters["rank"] == 4
     assert parameters["base_model"] == "demo"
     assert set(parameters) <= set(found.package.inputs)
+    # KFP's MLflow plugin reads no parameter, and would take an experiment of its own
+    assert run.plugins_input == {"mlflow": {"experiment_name": parameters["experiment"]}}
 
 
 def test_faults_of_a_recipe_are_found_before_the_server_is_asked(
@@ -263,3 +268,76 @@ def _run_of(endpoint: Any, capsys: pytest.CaptureFixture[str]) -> Any:
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["page"] == f"{endpoint.host}/#/runs/details/{lines['run']}"
     return runs.get_run(endpoint.connect(), lines["run"])
+
+
+def test_a_version_is_promoted_by_a_run(
+    endpoint: Any, packages_folder: Path, recipe_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submit = ["submit", str(recipe_file), "--pipeline", "promote"]
+    assert main(submit) == 2
+    assert "name it with --model-version N" in capsys.readouterr().err
+    assert main(["submit", str(recipe_file), "--model-version", "3"]) == 2
+    assert "belongs to --pipeline promote" in capsys.readouterr().err
+    package = str(packages_folder / "promote.yaml")
+    settings = ["--set", "registry.to_model=production.orders"]
+    assert main([*submit, "--package", package, "--model-version", "3", *settings]) == 0
+    registry = yaml.safe_load(recipe_file.read_text())["registry"]
+    assert _run_of(endpoint, capsys).runtime_config.parameters == {
+        "model_name": registry["model_name"],
+        "version": 3,
+        "copy_to_model": "production.orders",
+        "experiment": registry["experiment"],
+    }
+
+
+def test_another_method_leaves_out_what_it_has_not(
+    endpoint: Any, packages_folder: Path, recipe_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = yaml.safe_load(recipe_file.read_text())
+    values["method"] = {"name": "lora", "rank": 4, "use_dora": True, "target_modules": ["q_proj"]}
+    recipe_file.write_text(yaml.safe_dump(values))
+    package = str(packages_folder / "finetune-ia3.yaml")
+    submit = ["submit", str(recipe_file), "--method", "ia3", "--package", package]
+    assert main(submit) == 0
+    said = capsys.readouterr().err
+    assert "ia3 has no rank, target_modules, use_dora: left out of the recipe's method" in said
+    assert main([*submit, "--set", "method.rank=4"]) == 2  # said for this method itself
+    assert "method.rank: unknown key" in capsys.readouterr().err
+    values["method"]["rnak"] = 4
+    recipe_file.write_text(yaml.safe_dump(values))
+    assert main(submit) == 2
+    assert "method.rnak: unknown key" in capsys.readouterr().err
+    del endpoint
+
+
+def test_images_without_a_digest_are_told_of(
+    api: Any, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = tmp_path / "images.lock"
+    digest = "sha256:" + "1" * 64
+    lock.write_text(f"cpu: registry.example.org/cpu@{digest}\ngpu: registry.example.org/gpu:1\n")
+    command = [sys.executable, "-m", "tuneline_pipelines.cli"]
+    # a process of its own: a component reads its image when it is imported
+    done = subprocess.run(
+        [*command, "submit", str(recipe_file), "--images", str(lock)],
+        capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert "warning: registry.example.org/gpu:1 can be other content tomorrow" in done.stderr
+    (made,) = api.runs.values()
+    assert f"registry.example.org/cpu@{digest}" in json.dumps(made["pipeline_spec"])
+    done = subprocess.run(
+        [*command, "publish", "--images", str(lock), "--release"],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 2 and "registry.example.org/gpu:1 has no digest" in done.stderr
+    assert not api.pipelines
+
+
+def test_a_release_of_compiled_packages_is_refused_too(
+    api: Any, packages_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["publish", "--packages", str(packages_folder), "--release"]) == 2
+    assert "- finetune-lora: tuneline-cpu:" in capsys.readouterr().err
+    assert not api.pipelines

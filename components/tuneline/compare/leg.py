@@ -83,8 +83,8 @@ def run_leg(job: Job, step: Step) -> dict[str, Any]:
     """
     from tuneline import recipe
     from tuneline.evaluate.evaluate import evaluate
+    from tuneline.finetune.memory import peak_bytes
     from tuneline.finetune.train import finetune
-    from tuneline.finetune.trainer import device_peak_memory_bytes
 
     leg = leg_of(job.leg)
     remembering = _Remembering(step)
@@ -98,7 +98,7 @@ def run_leg(job: Job, step: Step) -> dict[str, Any]:
         remembering,
     )
     seconds = time.monotonic() - started
-    peak = device_peak_memory_bytes()  # now: evaluating may need more
+    peak = float(peak_bytes())  # now: evaluating may need more
     report = evaluate(
         job.base_model,
         Path(job.adapter),

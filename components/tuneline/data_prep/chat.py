@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -47,6 +47,7 @@ FALLBACK_TEMPLATES: Final = {
     ),
 }
 _WORDS_REMEMBERED: Final = 100_000
+_THINKING: Final = re.compile(r"</?(?:\w+:)?think(?:ing)?>")
 _STUMBLES: Final = (
     ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
 )  # fmt: skip
@@ -247,9 +248,11 @@ class Renderer:
         resize = getattr(self.backend.model, "_resize_cache", None)
         if resize is not None:
             resize(_WORDS_REMEMBERED)
+        # what generation stops at need not be flagged as special in the tokenizer
+        controls = (*self.format.controls, *self.format.stop_tokens)
         # any special token may end a turn: <|im_end|>, <|eot_id|>, </s>, <end_of_turn>, ...
-        self._ends = (self.format.eos_token, *self.format.controls)
-        self._controls = _any_of(self.format.controls)
+        self._ends = (self.format.eos_token, *controls)
+        self._controls = _any_of(controls)
         self._stops = _any_of(self.format.stop_tokens)
         self._stops_after = re.compile(rf"\s*(?:{self._stops.pattern})")
         self._reads_tools = "tools" in self.format.template
@@ -303,9 +306,9 @@ class Renderer:
         The last one is the conversation's end. `loss` overrides the renderer's own.
 
         Raises:
-            BadRow: the template refuses the chat, leaves out its tools, or does not render an
-                answer as the continuation of its prompt (what training sees would not be what
-                serving renders).
+            BadRow: the template refuses the chat, leaves out a message, a call or a tool, or does
+                not render an answer as the continuation of its prompt (what training sees would not
+                be what serving renders).
         """
         if not record.messages:
             self._check_controls(record.text)
@@ -333,6 +336,7 @@ class Renderer:
         loss = loss or self.loss
         if loss == "all":
             text, _ = self._ended(self.template_text(messages, tools))
+            _check_whole(messages, tools, text)
             return [Rendered(text, ((0, len(text)),))]
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         if loss == "last":
@@ -347,6 +351,7 @@ class Renderer:
                 spans = []
             if not spans:
                 text, end = self._ended(through)
+                _check_whole(messages[: index + 1], tools, text)
             elif not self._stops.search(through, start):
                 # GLM stops at the token that opens the next turn
                 following = self._stops_after.match(text, end)
@@ -472,6 +477,78 @@ class Renderer:
             return True
         alone = self._ids(left)
         return self._ids(left + right)[: len(alone)] == alone
+
+
+def _check_whole(messages: Sequence[Message], tools: Any, text: str) -> None:
+    """Refuse a text that lacks something of the chat.
+
+    The system message may be anywhere (Mistral puts it before the last question); all others have
+    to come in order. Of an earlier answer the thinking may be gone, of the last one not.
+
+    Raises:
+        BadRow: names what is missing.
+    """
+    if not _missing(messages, tools, text, str.strip):
+        return
+    # a template may write white space in its own way
+    if missing := _missing(messages, tools, _squeezed(text), _squeezed):
+        raise BadRow(
+            "template_error",
+            f"the chat template leaves out {missing}, or rewrites it, so that it would not be "
+            "learned: take it out of the row, or choose another model",
+        )
+
+
+def _missing(
+    messages: Sequence[Message], tools: Any, text: str, plain: Callable[[str], str]
+) -> str:
+    """The first thing of a chat that its text does not hold; empty where it holds all."""
+    position, last = 0, len(messages)
+    for number, message in enumerate(messages, 1):
+        content, role = message.get("content", ""), message["role"]
+        if role == "system":
+            if plain(content) not in text and _end_of(content, text, 0, plain) < 0:
+                return f"message {number} of {last}"
+            continue
+        wanted = plain(content)
+        # what a tool gave is often written as JSON, and may be quoted later on as it is
+        found = text.find(wanted, position) if role != "tool" else -1
+        if found >= 0:
+            position = found + len(wanted)
+        else:
+            parts = _THINKING.split(content)
+            for part in parts if number == last else parts[-1:]:
+                position = _end_of(part, text, position, plain)
+                if position < 0:
+                    return f"message {number} of {last}"
+        if len(message) == 2 and "content" in message:
+            continue
+        if number == last and _end_of(message.get("reasoning_content", ""), text, 0, plain) < 0:
+            return f"the reasoning of message {number} of {last}"
+        for call in message.get("tool_calls", ()):
+            name = call["function"]["name"]
+            if _end_of(name, text, 0, plain) < 0:
+                return f"the call of {name!r} in message {number} of {last}"
+    for tool in tools or ():
+        function = tool.get("function", tool)
+        name = function.get("name") if isinstance(function, dict) else None
+        if isinstance(name, str) and _end_of(name, text, 0, plain) < 0:
+            return f"the tool {name!r}"
+    return ""
+
+
+def _end_of(content: str, text: str, position: int, plain: Callable[[str], str]) -> int:
+    """Where a string of the chat first ends in its text, as it is or escaped; -1 if nowhere."""
+    ends = []
+    for written in (content, as_json(content)[1:-1], json.dumps(content)[1:-1]):
+        written = plain(written)
+        if (found := text.find(written, position)) >= 0:
+            ends.append(found + len(written))
+    return min(ends, default=-1)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
 def _token_spans(encoding: Any, row: Rendered) -> tuple[tuple[tuple[int, int], ...], bool]:

@@ -1,5 +1,7 @@
 """KFP component: raw rows -> PreparedDataset."""
 
+from typing import Optional
+
 from kfp import dsl
 
 from tuneline.images import CPU
@@ -11,10 +13,16 @@ def prepare_data(
     experiment: str,
     base_model: str,
     data: dict,
+    expected: dict,
     dataset: dsl.Output[dsl.Dataset],
     page: dsl.Output[dsl.HTML],
+    evaluation: Optional[dict] = None,
+    gate: Optional[dict] = None,
 ):
-    """Check, render, tokenize, mask and split the rows for one base model."""
+    """Check, render, tokenize, mask and split the rows for one base model and its evaluation.
+
+    expected: what check_retrain has decided on; empty for any data.
+    """
     import shutil
     from pathlib import Path
 
@@ -24,6 +32,9 @@ def prepare_data(
         steps.prepare_data,
         base_model=base_model,
         data=data,
+        evaluation=evaluation,
+        gate=gate,
+        expected=expected,
         output=dataset.path,
         run_id=run_id,
         experiment=experiment,

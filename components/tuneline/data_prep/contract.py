@@ -15,6 +15,9 @@ _CHECKED_ROWS: Final = 100
 _SAMPLES: Final = 10
 _SAMPLE_CHARACTERS: Final = 3000
 _BINS: Final = 24
+_PLACES: Final = {
+    "train": "data.train", "test": "data.test", "evaluation": "data.evaluation_sets"
+}  # fmt: skip
 
 
 def contract_of(ledger: Ledger, data: DataSection, tokenizer: Any, template: str) -> dict[str, Any]:
@@ -31,14 +34,13 @@ def contract_of(ledger: Ledger, data: DataSection, tokenizer: Any, template: str
     ours = [i for i, plan in enumerate(ledger.plans) if plan.role != "evaluation"]
     counts: Counter[str] = sum((ledger.counts[i] for i in ours), Counter())
     bad: Counter[str] = sum((ledger.bad[i] for i in ours), Counter())
-    bad_evaluation = sum((ledger.bad[i] for i in set(range(len(ledger.plans))) - set(ours)), bad)
     splits = {name: _split(ledger, position) for position, name in enumerate(SPLITS)}
     train = ledger.alive & (ledger.group == 0)
-    trained = int(train.sum())
     heldout = int((ledger.alive & (ledger.group > 0)).sum())
     kept = ledger.alive & (ledger.group != EVALUATION)
+    turns, ends = (int(ledger.number(name)[train].sum()) for name in ("turns", "ends"))
     resembled = ledger.resembled()
-    round_trip = _round_trip(ledger, tokenizer, template, data)
+    round_trip = _round_trip(ledger, tokenizer, template, data, has_chats=counts["chats"] > 0)
     contract = {
         "rows_in": counts["raw_rows"],
         "rows_out": int(kept.sum()),
@@ -52,6 +54,7 @@ def contract_of(ledger: Ledger, data: DataSection, tokenizer: Any, template: str
         "not_sampled": ledger.dropped["not_sampled"],
         "bad_rows": dict(bad.most_common()),
         "bad_row_examples": ledger.examples,
+        "values_left_out": counts["values_left_out"],
         "repeated_ids": ledger.repeated_ids,
         "distinct_openings": len(np.unique(ledger.number("opening")[ledger.group != EVALUATION])),
         "splits": splits,
@@ -59,7 +62,7 @@ def contract_of(ledger: Ledger, data: DataSection, tokenizer: Any, template: str
         "lengths": _histogram(ledger),
         "supervised_token_fraction": splits["train"]["supervised_tokens"]
         / max(splits["train"]["tokens"], 1),
-        "eos_fraction": float(np.mean(ledger.number("ends")[train])) if trained else 0.0,
+        "eos_fraction": ends / max(turns, 1),
         "round_trip": round_trip,
         "leakage": {
             "heldout_rows": heldout,
@@ -82,7 +85,7 @@ def contract_of(ledger: Ledger, data: DataSection, tokenizer: Any, template: str
         },
         "loss": data.loss,
     }
-    contract["checks"] = _checks(contract, data, bad_evaluation.total())
+    contract["checks"] = _checks(contract, data)
     contract["passed"] = all(check["holds"] for check in contract["checks"])
     contract["samples"] = _samples(ledger)
     return contract
@@ -98,19 +101,35 @@ def violations(contract: dict[str, Any]) -> list[str]:
     ]
 
 
+def unusable_sources(contract: dict[str, Any]) -> list[str]:
+    """A sentence for each source that rows came from, and none that can be used."""
+    return [
+        f"no row of {source['name']} can be used: of {source['rows_in']} that came in, "
+        f"{source['bad_rows']} are malformed, and the others too long or without a token to learn: "
+        f"correct it, or take it out of the recipe (it is a source of {_PLACES[source['role']]})"
+        for source in contract["sources"]
+        if source["rows_in"] and not source["usable_rows"]
+    ]
+
+
 def _share(value: float) -> str:
     percent = 100 * value
     return f"{percent:.0f} %" if percent == round(percent) else f"{percent:.3g} %"
 
 
-def _checks(contract: dict[str, Any], data: DataSection, bad: int) -> list[dict[str, Any]]:
+def _checks(contract: dict[str, Any], data: DataSection) -> list[dict[str, Any]]:
     came = max(contract["rows_in"], 1)
     limits = data.contract
+    # by source: among many others, the rows of a small test or evaluation set would not be missed
+    sources = contract["sources"]
+    worst = max(sources, key=lambda source: source["bad_rows"] / max(source["rows_in"], 1))
+    bad = worst["bad_rows"] / max(worst["rows_in"], 1)
+    of_worst = f" of {worst['name']}" if bad and len(sources) > 1 else ""
     duplicates = contract["duplicates_dropped"] + contract["near_duplicates_dropped"]
     leakage = contract["leakage"]
     leaked = leakage["still_resembled_heldout_rows"] / max(leakage["heldout_rows"], 1)
     most = [
-        ("max_bad_fraction", "rows that can't be used", bad / came),
+        ("max_bad_fraction", f"rows{of_worst} that can't be used", bad),
         ("max_too_long_fraction", "rows that are too long", contract["too_long_dropped"] / came),
         ("max_duplicate_fraction", "duplicates", duplicates / came),
         ("max_repeated_id_fraction", "rows with a repeated id", contract["repeated_ids"] / came),
@@ -129,7 +148,7 @@ def _checks(contract: dict[str, Any], data: DataSection, bad: int) -> list[dict[
         ),
         (
             "min_eos_fraction",
-            "training rows that end with a supervised token that generation stops at",
+            "supervised turns that end with a token that generation stops at",
             contract["eos_fraction"],
         ),
         (
@@ -180,6 +199,7 @@ def _sources(ledger: Ledger) -> list[dict[str, Any]]:
                 "rows_in": counts["raw_rows"],
                 "rows_out": int(kept.sum()),
                 "bad_rows": ledger.bad[position].total(),
+                "usable_rows": int((ledger.plan_of == position).sum()),
                 "weight": plan.source.weight,
                 "formats": {
                     key.removeprefix("format:"): value
@@ -207,19 +227,20 @@ def _histogram(ledger: Ledger) -> dict[str, Any]:
     }
 
 
-def _round_trip(ledger: Ledger, tokenizer: Any, template: str, data: DataSection) -> dict[str, Any]:
+def _round_trip(
+    ledger: Ledger, tokenizer: Any, template: str, data: DataSection, *, has_chats: bool
+) -> dict[str, Any]:
     """Sampled rows against what transformers' own `apply_chat_template` gives a server."""
     checked, faults = 0, []
-    for sample in _spread(ledger.samples, _CHECKED_ROWS):
-        if not sample["messages"]:
-            continue
+    for sample in _spread([s for s in ledger.samples if s["messages"]], _CHECKED_ROWS):
         checked += 1
         if not _as_served(sample, tokenizer, template, data):
             faults.append(sample["where"])
     return {
         "rows_checked": checked,
         "rows_that_differ": len(faults),
-        "fraction": 1 - len(faults) / checked if checked else 1.0,
+        # raw text is rendered by nobody; where chats came in and none was checked, nothing is known
+        "fraction": 1 - len(faults) / checked if checked else float(not has_chats),
         "examples": faults[:10],
     }
 

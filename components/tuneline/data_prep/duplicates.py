@@ -1,6 +1,7 @@
 """Near duplicates: MinHash signatures of what was said, and who resembles whom.
 
-A row is the set of its five-word sequences (of characters, in scripts that put no spaces). Its
+A row is the set of its five-word sequences; in scripts that put no spaces between words, each
+character is one. Its
 signature has 128 minimal hashes; two rows' share of equal ones estimates the Jaccard similarity of
 their sets (Broder 1997), with a standard error of at most 0.045. Pairs are looked for among rows
 that agree in one of 16 bands of 8 hashes: at a similarity of 0.9 a pair is missed once in 10,000,
@@ -13,6 +14,7 @@ bytes a row.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -29,6 +31,14 @@ _WORDS: Final = 5
 _PADDING: Final = ["\n"] * (_WORDS - 1)  # no word: words are split at white space
 _FACTOR: Final = 0x9E3779B97F4A7C15  # an odd 64-bit constant that spreads bits (golden ratio)
 _PAIRS_AT_ONCE: Final = 16384
+# Thai, Lao, Myanmar, Khmer, kana and Han, with the planes that hold only more of Han
+_ALONE: Final = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\ua9e0-\ua9ff\uaa60-\uaa7f\uf900-\ufaff\uff66-\uff9f"
+    "\U00020000-\U0003ffff"
+)
+_HAS_ALONE: Final = re.compile(f"[{_ALONE}]")
+_WORD: Final = re.compile(rf"[{_ALONE}]|[^\s{_ALONE}]+")
 
 
 def signatures(texts: Sequence[str]) -> np.ndarray:
@@ -39,7 +49,7 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
     if not texts:
         return np.empty((0, PERMUTATIONS), np.uint32)
     # each row is padded, so that it has a sequence for each of its words, also if they are few
-    words = [[*_units(text), *_PADDING] for text in texts]
+    words = [[*units(text), *_PADDING] for text in texts]
     counts = np.fromiter(map(len, words), np.int64, len(words))
     hashes = RMinHash.hash_token_sets(words)
     flat = np.fromiter(chain.from_iterable(hashes), np.uint64, int(counts.sum()))
@@ -61,9 +71,13 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
     return values.reshape(-1, PERMUTATIONS)
 
 
-def _units(text: str) -> list[str]:
-    words = text.lower().split()
-    if len(words) * 24 < len(text):  # no spaces between words, or one endless word
+def units(text: str) -> list[str]:
+    """The words of a text in lower case; of scripts without spaces between words, characters."""
+    text = text.lower()
+    if not text.isascii() and _HAS_ALONE.search(text):
+        return _WORD.findall(text)
+    words = text.split()
+    if len(words) * 24 < len(text):  # one endless word
         return list(text)
     return words
 

@@ -1,4 +1,4 @@
-"""Blocks of raw rows -> blocks of tokens, in as many processes as there are cores, kept by content.
+"""Blocks of raw rows -> blocks of tokens, as many at a time as there are cores, kept by content.
 
 An encoded block is named by the digest of its raw rows and of everything that decides their tokens,
 and stays in the cache: input that was prepared before is not tokenized again, and a run that was
@@ -17,21 +17,26 @@ import hashlib
 import json
 import math
 import os
+import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import date
+from functools import cache, partial
 from importlib.metadata import version
-from itertools import chain
+from importlib.resources import files
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
 from tuneline.artifacts import digest_of
 from tuneline.base_model import cache_dir
 from tuneline.data_prep.chat import ChatFormat, Loss, Overflow, Rendered, Renderer, Tokens, fit
+from tuneline.data_prep.duplicates import units
 from tuneline.data_prep.records import (
+    FORMAT_COLUMNS,
     BadRow,
     Record,
     canonical,
@@ -43,8 +48,8 @@ from tuneline.data_prep.sources import Block
 from tuneline.errors import DataError
 from tuneline.recipe import Source
 
-_VERSION: Final = 1
-"""Raise it with every change to what a raw row becomes."""
+_CODE: Final = ("chat.py", "duplicates.py", "encode.py", "records.py")
+"""Modules of this package that decide what a raw row becomes."""
 _DECIDES: Final = ("jinja2", "rensa", "tokenizers", "transformers")
 _ROWS_AT_ONCE: Final = 250
 _SAMPLES: Final = 10
@@ -64,7 +69,11 @@ _PRELOADED: Final = [
     "tuneline.data_prep.encode",
 ]
 """Imported once, by the server that the workers are forked from."""
+_UNREADABLE: Final = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
+"""What Arrow's values raise that Python has no value for."""
 _CACHE_BYTES: Final = 20 * 10**9
+_FEW_BLOCKS: Final = 8
+"""Starting processes takes as long as encoding about this many blocks in them saves."""
 SPLITS: Final = ("train", "validation", "test")
 
 
@@ -89,7 +98,7 @@ class Plan:
         dated = "strftime_now" in self.format.template
         return digest_of(
             [
-                _VERSION,
+                code_digest(),
                 date.today().isoformat() if dated else "",
                 [version(package) for package in _DECIDES],
                 hashlib.sha256(self.format.tokenizer.encode()).hexdigest(),
@@ -110,6 +119,15 @@ class Plan:
                 self.group_by,
             ]
         )
+
+
+@cache
+def code_digest() -> str:
+    """Of the modules in `_CODE`, so that a changed one leaves no stale block."""
+    digest = hashlib.sha256()
+    for name in _CODE:
+        digest.update(files("tuneline.data_prep").joinpath(name).read_bytes())
+    return digest.hexdigest()
 
 
 @dataclass
@@ -160,14 +178,18 @@ class _Columns:
     tokens: list[int] = field(default_factory=list)
     supervised: list[int] = field(default_factory=list)
     longest: list[int] = field(default_factory=list)
-    ends: list[bool] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
+    """Supervised ones."""
+    ends: list[int] = field(default_factory=list)
+    """Supervised turns with the token that generation stops at."""
     test_row: list[str | None] = field(default_factory=list)
 
 
 _DTYPES: Final = {
     "row": "uint32", "content": "uint64", "opening": "uint64", "question": "uint64",
     "group": "uint64", "id": "uint64", "split": "int8", "pieces": "uint32", "tokens": "uint32",
-    "supervised": "uint32", "longest": "uint32", "ends": "bool_", "test_row": "string",
+    "supervised": "uint32", "longest": "uint32", "turns": "uint32", "ends": "uint32",
+    "test_row": "string",
 }  # fmt: skip
 
 
@@ -187,7 +209,7 @@ class Encoder:
         words: list[str] = []
         sink = _RowSink(path)
         kept: list[tuple[int, Record, Any]] = []
-        for row, value in _raw_rows(block):
+        for row, value in _raw_rows(block, self.plan, counts):
             counts["raw_rows"] += 1
             if isinstance(value, BadRow):
                 faults.append((row, value.reason, str(value)))
@@ -199,13 +221,17 @@ class Encoder:
             except BadRow as error:
                 faults.append((row, error.reason, str(error)))
                 continue
+            except RecursionError:
+                faults.append((row, "malformed_json", "nested too deeply"))
+                continue
             counts[f"format:{record.format}"] += 1
+            counts["values_left_out"] += record.values_left_out
             if self.plan.overflow == "drop" and any(
                 self.renderer.too_long(r, self.plan.max_seq_len) for r in rendered
             ):
                 counts["too_long"] += 1
                 continue
-            kept.append((row, record, (rendered, group, _identity(value))))
+            kept.append((row, record, (rendered, group, _identity(record.id))))
             if len(kept) == _ROWS_AT_ONCE:
                 self._encode_rows(kept, columns, words, sink, counts, samples)
                 kept.clear()
@@ -288,22 +314,32 @@ class Encoder:
             columns.tokens.append(sum(len(p.input_ids) for p in learnable))
             columns.supervised.append(sum(e - s for p in learnable for s, e in p.spans))
             columns.longest.append(max(len(p.input_ids) for p in learnable))
-            last = learnable[-1]
+            # a turn that is split over several pieces is one
+            turns = whole if overflow == "split" else learnable
+            columns.turns.append(sum(len(p.spans) for p in turns))
             columns.ends.append(
-                bool(last.spans) and last.input_ids[last.spans[-1][1] - 1] in plan.format.stop_ids
+                sum(
+                    p.input_ids[e - 1] in plan.format.stop_ids
+                    for p in learnable
+                    for _, e in p.spans
+                )
             )
             columns.test_row.append(
-                self._test_row(record, rendered[-1])
+                self._test_row(record, rendered[-1], len(whole[-1].input_ids))
                 if split == "test" and plan.role != "evaluation"
                 else None
             )
             words.append(record.words)
+            counts["chats"] += bool(record.messages)
             if plan.role != "evaluation":
                 for piece in learnable:
                     sink.add(row, piece)
-            if (
+            if plan.role == "evaluation":
+                continue
+            # one chat at least, for what serving renders is compared with it
+            first_chat = record.messages and not any(sample["messages"] for sample in samples)
+            if first_chat or (
                 (len(samples) < _SAMPLES or not row % _EVERY)
-                and plan.role != "evaluation"
                 and len(rendered[-1].text) <= _SAMPLE_CHARACTERS
             ):
                 samples.append(self._sample(row, record, rendered[-1], whole[-1], split))
@@ -317,20 +353,44 @@ class Encoder:
         held = self.plan.test_fraction + self.plan.validation_fraction
         return "validation" if share < held else "train"
 
-    def _test_row(self, record: Record, rendered: Rendered) -> str:
+    def _test_row(self, record: Record, rendered: Rendered, tokens: int) -> str:
         messages = record.messages
         if not messages:  # nothing is asked, but it has its place, and its slices
             return json.dumps({"columns": record.columns}, ensure_ascii=False)
         if self.plan.loss == "all":
             rendered = self.renderer.render(record, "last")[-1]
         question = next((m for m in reversed(messages[:-1]) if m["role"] == "user"), {})
+        prompt = rendered.text[: rendered.spans[-1][0]]
+        if tokens > self.plan.max_seq_len:
+            prompt = self._cut_prompt(prompt, tokens)
         row = {
-            "prompt": rendered.text[: rendered.spans[-1][0]],
+            "prompt": prompt,
             "question": question.get("content", ""),
             "reference": self.renderer.answer(rendered),
             "columns": record.columns,
         }
         return json.dumps(row, ensure_ascii=False)
+
+    def _cut_prompt(self, prompt: str, tokens: int) -> str:
+        """The prompt of a row of `tokens` tokens, with as much of its end as the row has room for.
+
+        Where the answer alone fills the row, half of `max_seq_len` is for the prompt.
+        """
+        plan = self.plan
+        encoding = self.renderer.backend.encode(prompt, add_special_tokens=False)
+        ids, offsets = encoding.ids, encoding.offsets
+        if plan.overflow == "truncate_right":  # the answer is what is cut, if it can be
+            room = plan.max_seq_len - 1
+        else:
+            room = plan.max_seq_len - (tokens - len(ids))
+            room = room if room > 0 else plan.max_seq_len // 2
+        first = prompt[: offsets[0][1]] if ids and ids[0] == plan.format.bos_id else ""
+        for start, _ in offsets[max(0, len(ids) - room + bool(first)) :]:
+            # the text may be split into tokens differently where it now starts
+            cut = first + prompt[start:]
+            if len(self.renderer.backend.encode(cut, add_special_tokens=False).ids) <= room:
+                return cut
+        return prompt
 
     def _sample(
         self, row: int, record: Record, rendered: Rendered, tokens: Tokens, split: str
@@ -346,11 +406,15 @@ class Encoder:
         }
 
 
-def _raw_rows(block: Block) -> Iterator[tuple[int, Any]]:
+def _raw_rows(block: Block, plan: Plan, counts: Counter[str]) -> Iterator[tuple[int, Any]]:
     if block.kind == "arrow":
         import pyarrow as pa
 
-        rows = pa.ipc.open_stream(block.payload).read_all().to_pylist()
+        table = pa.ipc.open_stream(block.payload).read_all()
+        try:
+            rows = table.to_pylist()
+        except _UNREADABLE:
+            rows = _readable_rows(table, plan, counts)
         yield from enumerate(rows)
         return
     skipped = set(block.too_long)
@@ -361,6 +425,32 @@ def _raw_rows(block: Block) -> Iterator[tuple[int, Any]]:
             yield row, parse_line(line)
         except BadRow as error:
             yield row, error
+
+
+def _readable_rows(table: Any, plan: Plan, counts: Counter[str]) -> list[Any]:
+    """The rows of a table that has values which Python has none of, such as the year 60000.
+
+    A row is unusable if such a value is of a column that it is made from; others are left out.
+    """
+    mapped: Mapping[Any, str] = plan.source.columns
+    needed = {mapped.get(name, name) for name in FORMAT_COLUMNS} | {plan.group_by}
+    rows: list[Any] = [{} for _ in range(table.num_rows)]
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        for number in range(len(rows)):
+            try:
+                value = column[number].as_py()
+            except _UNREADABLE as error:
+                if name not in needed:
+                    counts["values_left_out"] += 1
+                elif isinstance(rows[number], dict):
+                    reason = "broken_text" if isinstance(error, UnicodeError) else "wrong_type"
+                    rows[number] = BadRow(
+                        reason, f"column {name!r} has a value that can't be read: {error}"
+                    )
+                continue
+            if isinstance(rows[number], dict):
+                rows[number][name] = value
+    return rows
 
 
 def _hashes(record: Record) -> tuple[int, int]:
@@ -387,16 +477,19 @@ def _question(record: Record) -> int:
     """Hash of the first question, whatever the system message, case and spacing; 0 where it is too
     short to be a question that one data set would have from another."""
     message = next((m for m in record.messages if m["role"] == "user"), None)
-    words = message["content"].lower().split() if message else []
+    words = units(message["content"]) if message else []
     if len(words) < _LEAST_WORDS:
         return 0
     digest = hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") | 1
 
 
-def _identity(value: Any) -> int:
-    """Hash of the row's `id`; 0 for none."""
-    identity = value.get("id")
+def _identity(identity: Any) -> int:
+    """Hash of a row's `id`; 0 for none."""
+    if (
+        isinstance(identity, float) and identity.is_integer()
+    ):  # a table with a missing id has floats
+        identity = int(identity)
     if not isinstance(identity, (str, int)) or identity == "":
         return 0
     digest = hashlib.blake2b(str(identity).encode("utf-8", "surrogatepass"), digest_size=8).digest()
@@ -474,7 +567,8 @@ def _write_index(path: Path, columns: _Columns, words: list[str], metadata: dict
 def _write(path: Path, table: Any) -> None:
     import pyarrow as pa
 
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    # the same rows may come in two blocks at once
+    aside = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
         with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
@@ -489,16 +583,18 @@ def metadata_of(index: Any) -> dict[str, Any]:
     return json.loads(index.schema.metadata[b"tuneline"])
 
 
-# --- in processes
+# --- several at a time
 
 
 _encoders: dict[int, Encoder] = {}
 
 
+_Submit = Callable[[int, Block, Path], Future[None]]
+
+
 def _start_worker(plans: list[Plan]) -> None:
     import gc
     import multiprocessing
-    import threading
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is parallel enough
     parent = multiprocessing.parent_process()
@@ -537,7 +633,7 @@ def encode_blocks(
     Args:
         plans: one per source.
         blocks: position of the plan, and the raw rows.
-        workers: processes; a single block is encoded in this one.
+        workers: at work at a time, threads of this process for few blocks, else processes.
 
     Raises:
         DataError: a process died.
@@ -547,36 +643,29 @@ def encode_blocks(
     keys = [plan.key() for plan in plans]
     pending: deque[tuple[EncodedBlock, Future[None] | None]] = deque()
     iterator = iter(blocks)
+    first = deque(islice(iterator, _FEW_BLOCKS + 1))
+    start = _threads if len(first) <= _FEW_BLOCKS else _processes
     with contextlib.ExitStack() as stack:
-        pool: ProcessPoolExecutor | None = None
-        first: list[tuple[int, Block]] = list(_upto(iterator, 2))
-        alone = len(first) < 2 or workers < 2
-        here: dict[int, Encoder] = {}
-        for number, block in chain(first, iterator):
+        submit: _Submit | None = None
+        for number, block in chain(_drained(first), iterator):
             path = folder / _block_key(keys[number], block)
             bare = Block(block.kind, b"", block.file, block.first, block.unit)
             encoded = EncodedBlock(path, bare, number)
             if _is_cached(path):
                 pending.append((encoded, None))
-            elif alone:
-                if number not in here:
-                    here[number] = Encoder(plans[number])
-                here[number].encode(block, path)
-                pending.append((encoded, None))
             else:
-                pool = pool or stack.enter_context(_pool(plans, workers))
-                pending.append((encoded, pool.submit(_encode_in_worker, number, block, path)))
+                submit = submit or stack.enter_context(start(plans, workers))
+                pending.append((encoded, submit(number, block, path)))
             while pending and (len(pending) > 2 * workers or pending[0][1] is None):
                 yield _finished(*pending.popleft())
         while pending:
             yield _finished(*pending.popleft())
 
 
-def _upto(blocks: Iterator[tuple[int, Block]], count: int) -> Iterator[tuple[int, Block]]:
-    for _ in range(count):
-        if (block := next(blocks, None)) is None:
-            return
-        yield block
+def _drained(blocks: deque[tuple[int, Block]]) -> Iterator[tuple[int, Block]]:
+    """Their bytes are not kept for longer than they are needed."""
+    while blocks:
+        yield blocks.popleft()
 
 
 def _block_key(plan: str, block: Block) -> str:
@@ -601,14 +690,32 @@ def _is_cached(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _pool(plans: list[Plan], workers: int) -> Iterator[ProcessPoolExecutor]:
+def _threads(plans: list[Plan], workers: int) -> Iterator[_Submit]:
+    """Three quarters of the time is spent in the tokenizer, which lets other threads work."""
+    own = threading.local()  # a renderer has one text at a time
+
+    def encode(plan: int, block: Block, path: Path) -> None:
+        encoders = own.__dict__.setdefault("encoders", {})
+        if plan not in encoders:
+            encoders[plan] = Encoder(plans[plan])
+        encoders[plan].encode(block, path)
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            yield partial(pool.submit, encode)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _processes(plans: list[Plan], workers: int) -> Iterator[_Submit]:
     import multiprocessing
 
     context = multiprocessing.get_context("forkserver")  # fork would copy threads that hold locks
     context.set_forkserver_preload(_PRELOADED)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (plans,))
     try:
-        yield pool
+        yield partial(pool.submit, _encode_in_worker)
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -21,7 +21,7 @@ _SAMPLES: Final = 300
 _SAMPLE_CHARACTERS: Final = 10**7
 _NUMBERS: Final = (
     "row", "content", "opening", "question", "group", "id", "split", "pieces", "tokens",
-    "supervised", "longest", "ends",
+    "supervised", "longest", "turns", "ends",
 )  # fmt: skip
 EVALUATION: Final = len(SPLITS)
 """Group of the evaluation sets' rows; the splits' groups are their positions in `SPLITS`."""
@@ -54,6 +54,7 @@ class Ledger:
         self._all: dict[str, np.ndarray] = {}
         self._sizes: list[int] = []
         self._sampled = 0
+        self._has_chat = False
 
     def add(self, block: EncodedBlock, signatures: Callable[[Any], None] | None) -> None:
         """Take a block's index."""
@@ -79,11 +80,17 @@ class Ledger:
                 )
         if samples := metadata["samples"]:
             if len(self.samples) > _SAMPLES // 3:  # one of each of the later blocks
-                samples = [samples[len(self.blocks) % len(samples)]]
+                # a chat if there is one: what serving renders is compared with those
+                some = [sample for sample in samples if sample["messages"]] or samples
+                samples = [some[len(self.blocks) % len(some)]]
             label = self.plans[block.plan].source.label
             for sample in samples:
                 self._sampled += len(sample["text"])
-                if len(self.samples) < _SAMPLES and self._sampled < _SAMPLE_CHARACTERS:
+                first_chat = bool(sample["messages"]) and not self._has_chat
+                self._has_chat |= first_chat
+                if first_chat or (
+                    len(self.samples) < _SAMPLES and self._sampled < _SAMPLE_CHARACTERS
+                ):
                     where = block.block.where(sample["row"])
                     self.samples.append(sample | {"where": where, "source": label})
 

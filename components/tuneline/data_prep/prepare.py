@@ -148,12 +148,10 @@ def _blocks(sources: list[Source], digests: dict[str, str]) -> Iterator[tuple[in
 def _judge(
     ledger: Any, data: DataSection, tokenizer: Any, template: str, output: Path, step: Step
 ) -> dict[str, Any]:
-    from tuneline.data_prep.contract import contract_of, violations
+    from tuneline.data_prep.contract import contract_of, unusable_sources, violations
 
     contract = contract_of(ledger, data, tokenizer, template)
-    faults = violations(contract)
-    if not faults and (empty := _empty_split(contract, data)):
-        faults = [empty]
+    faults = violations(contract) or _empty_split(contract, data) or unusable_sources(contract)
     if not faults:
         return contract
     contract["passed"] = False
@@ -181,7 +179,7 @@ def _refused(output: Path) -> Path:
     return output.with_name(f"{output.name}.refused")
 
 
-def _empty_split(contract: dict[str, Any], data: DataSection) -> str:
+def _empty_split(contract: dict[str, Any], data: DataSection) -> list[str]:
     for split in SPLITS:
         needed = split == "train" or (split == "test" or data.validation_fraction > 0)
         if needed and not contract["splits"][split]["rows"]:
@@ -192,7 +190,7 @@ def _empty_split(contract: dict[str, Any], data: DataSection) -> str:
                 if 2 * ways < came
                 else ""
             )
-            return (
+            return [
                 f"the {split} split has no rows ({came} came in, "
                 f"{came - contract['rows_out']} were dropped: "
                 f"{contract['bad_rows_dropped']} can't be used, "
@@ -203,8 +201,8 @@ def _empty_split(contract: dict[str, Any], data: DataSection) -> str:
                 f"{contract['in_test_dropped']} known from held-out rows, "
                 f"{contract['leaking_dropped']} like a held-out row): give more rows, a larger "
                 f"fraction or a larger max_seq_len{alike}"
-            )
-    return ""
+            ]
+    return []
 
 
 def _write_contract(contract: dict[str, Any], folder: Path) -> None:

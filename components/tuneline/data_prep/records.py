@@ -14,9 +14,12 @@ Every fault is a `BadRow`: a sentence for a person, and a reason that is counted
 from __future__ import annotations
 
 import json
+import math
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Final
 
 from tuneline.errors import DataError
@@ -44,6 +47,14 @@ _MESSAGE_KEYS: Final = frozenset(
 _SCALARS: Final = (str, int, float, bool)
 _LONGEST_SLICE: Final = 200
 """Characters of a column's value from which it names no slice."""
+_SENTENCE_HEAD: Final = 240
+_SENTENCE_TAIL: Final = 160
+"""Characters of a fault's sentence that are kept at its start and its end; the value is between."""
+_DEEPEST: Final = 100
+"""Levels of a tool's schema or of a call's arguments; templates and JSON walk them recursively."""
+_BRACKETS: Final = {"{": 1, "[": 1, "}": -1, "]": -1}
+_TURN_KEYS: Final = frozenset(("from", "value"))
+_MEDIA: Final = ("images", "image", "videos", "video", "audios", "audio")
 # Surrogates come from broken escapes; of the control characters, text has tab, newline, form feed
 # and carriage return only.
 _BROKEN: Final = re.compile("[\ud800-\udfff\x00-\x08\x0b\x0e-\x1f]")
@@ -60,6 +71,10 @@ class BadRow(DataError):
 
     def __init__(self, reason: str, sentence: str) -> None:
         self.reason = reason
+        if len(sentence) > _SENTENCE_HEAD + _SENTENCE_TAIL:
+            left_out = len(sentence) - _SENTENCE_HEAD - _SENTENCE_TAIL
+            head, tail = sentence[:_SENTENCE_HEAD], sentence[-_SENTENCE_TAIL:]
+            sentence = f"{head} [... {left_out} characters ...] {tail}"
         # a name out of the row may hold half a character, which no report can be written with
         super().__init__(sentence.encode("utf-8", "backslashreplace").decode())
 
@@ -74,6 +89,9 @@ class Record:
     tools: list[dict[str, Any]] | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     """The row's other short values, by column; a slice of an evaluation is one of them."""
+    values_left_out: int = 0
+    """Of other columns: NaN and infinite numbers, which JSON has none of."""
+    id: Any = None
     format: str = "messages"
 
     @property
@@ -91,10 +109,10 @@ def parse_line(line: bytes) -> Any:
     """The JSON value of one line.
 
     Raises:
-        BadRow: not UTF-8, or not JSON.
+        BadRow: not UTF-8, not JSON, or an object that has a key twice.
     """
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise BadRow(
             "not_utf8", f"not UTF-8 (byte {error.start}): save the file as UTF-8"
@@ -103,6 +121,15 @@ def parse_line(line: bytes) -> Any:
         raise BadRow("malformed_json", "malformed JSON: nested too deeply") from error
     except ValueError as error:
         raise BadRow("malformed_json", f"malformed JSON: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadRow("malformed_json", f"malformed JSON: key {twice!r} is there more than once")
+    return found
 
 
 def parse_record(row: Any, source: Source) -> Record:
@@ -116,8 +143,15 @@ def parse_record(row: Any, source: Source) -> Record:
     if source.columns:
         row = _renamed(row, source.columns)
     name = source.format if source.format != "auto" else _detect(row)
+    for key in _MEDIA:
+        if row.get(key):
+            raise BadRow(
+                "wrong_type",
+                f"has {key}, of which nothing is read: remove them to learn from the text alone",
+            )
     record = _PARSERS[name](row)
     record.format = name
+    record.id = row.get("id")
     if not record.messages and not record.text:
         raise BadRow("empty", "has no text")
     if record.messages:
@@ -125,6 +159,9 @@ def parse_record(row: Any, source: Source) -> Record:
     consumed = _COLUMNS[name]
     for key, value in row.items():
         if key not in consumed and isinstance(value, _SCALARS) and not _BROKEN.search(key):
+            if isinstance(value, float) and not math.isfinite(value):
+                record.values_left_out += 1
+                continue
             text = str(value)
             if len(text) <= _LONGEST_SLICE and not _BROKEN.search(text):
                 record.columns[key] = value
@@ -181,6 +218,12 @@ def _from_sharegpt(row: Mapping[str, Any]) -> Record:
         if "from" not in turn and "role" in turn:  # OpenAI's keys under ShareGPT's name
             messages.append(_message(turn, number))
             continue
+        if len(turn) > 2 and (others := _unknown(turn, _TURN_KEYS)):
+            raise BadRow(
+                "unknown_key",
+                f"turn {number}: keys {others} are not supported; keys are "
+                f"{', '.join(sorted(_TURN_KEYS))}",
+            )
         speaker = turn.get("from")
         role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None:
@@ -199,7 +242,9 @@ def _from_sharegpt(row: Mapping[str, Any]) -> Record:
 
 def _from_alpaca(row: Mapping[str, Any]) -> Record:
     messages: list[Message] = []
-    history = _decoded(row.get("history"), "history") or []
+    history = _decoded(row.get("history"), "history")
+    if history is None:
+        history = []
     if not isinstance(history, list):
         raise BadRow("wrong_type", f"history is {_kind(history)}, a list of pairs is needed")
     for pair in history:
@@ -207,7 +252,7 @@ def _from_alpaca(row: Mapping[str, Any]) -> Record:
             raise BadRow("wrong_type", "history must hold pairs [instruction, output]")
         messages += _exchange(pair[0], pair[1], "history", "history")
     instruction = _text(row.get("instruction"), "instruction")
-    if row.get("input"):
+    if row.get("input") not in (None, ""):
         instruction = f"{instruction}\n\n{_text(row['input'], 'input')}"
     messages += _exchange(instruction, row.get("output"), "instruction", "output")
     return Record(_with_system(row, messages))
@@ -228,7 +273,7 @@ def _from_prompt_completion(row: Mapping[str, Any]) -> Record:
 
 def _from_text(row: Mapping[str, Any]) -> Record:
     text = _text(row.get("text"), "text")
-    if not text.strip():
+    if _is_blank(text):
         raise BadRow("empty", "text is empty")
     return Record([], text=text)
 
@@ -254,13 +299,15 @@ _COLUMNS: Final = {
     "prompt_completion": {"prompt", "completion", "system", "tools"},
     "text": {"text"},
 }
+FORMAT_COLUMNS: Final = frozenset().union(*_COLUMNS.values(), _MEDIA, ("id",))
+"""All that a row may be made from."""
 
 
 def _exchange(question: Any, answer: Any, asked: str, answered: str) -> list[Message]:
     question, answer = _text(question, asked), _text(answer, answered)
-    if not question.strip():
+    if _is_blank(question):
         raise BadRow("empty_turn", f"{asked} is empty")
-    if not answer.strip():
+    if _is_blank(answer):
         raise BadRow("empty_turn", f"{answered} is empty: there is nothing to learn")
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
@@ -289,20 +336,17 @@ def _message(value: Any, number: int) -> Message:
             "unknown_role",
             f"message {number}: role {role!r} is unknown: roles are {', '.join(ROLES)}",
         )
-    if len(value) > 2 and (
-        others := [k for k, v in value.items() if k not in _MESSAGE_KEYS and v is not None]
-    ):
-        # weight 0, prefix, images: a key left out of account would change what is learned
+    if len(value) > 2 and (others := _unknown(value, _MESSAGE_KEYS)):
         raise BadRow(
             "unknown_key",
-            f"message {number}: keys {', '.join(sorted(map(str, others)))} are not supported; "
-            f"keys are {', '.join(sorted(_MESSAGE_KEYS))}",
+            f"message {number}: keys {others} are not supported; keys are "
+            f"{', '.join(sorted(_MESSAGE_KEYS))}",
         )
     message: Message = {"role": role}
-    if value.get("tool_calls"):
+    if value.get("tool_calls") is not None and (calls := _tool_calls(value["tool_calls"], number)):
         if role != "assistant":
             raise BadRow("wrong_type", f"message {number}: tool_calls of role {role}")
-        message["tool_calls"] = _tool_calls(value["tool_calls"], number)
+        message["tool_calls"] = calls
     if isinstance(content, list):
         content = _joined(content, number)
     if content is not None or "tool_calls" not in message:
@@ -313,11 +357,21 @@ def _message(value: Any, number: int) -> Message:
     if (
         role in ("user", "assistant")
         and "tool_calls" not in message
-        and not message["content"].strip()
+        and _is_blank(message["content"])
     ):
         whose = "the assistant's answer" if role == "assistant" else "the user's message"
         raise BadRow("empty_turn", f"message {number}: {whose} is empty")
     return message
+
+
+def _unknown(value: Mapping[str, Any], known: frozenset[str]) -> str:
+    """Names of the other keys that hold something: weight 0, prefix, images.
+
+    One that is left out of account would change what is learned.
+    """
+    return ", ".join(
+        sorted(str(k)[:40] for k, v in value.items() if k not in known and v is not None)
+    )
 
 
 def _joined(parts: Sequence[Any], number: int) -> str:
@@ -336,6 +390,8 @@ def _joined(parts: Sequence[Any], number: int) -> str:
 
 def _tool_calls(values: Any, number: int) -> list[dict[str, Any]]:
     values = _decoded(values, f"message {number}: tool_calls")
+    if values is None:
+        return []
     if not isinstance(values, list):
         raise BadRow("wrong_type", f"message {number}: tool_calls is {_kind(values)}, not a list")
     calls = []
@@ -352,18 +408,18 @@ def _tool_calls(values: Any, number: int) -> list[dict[str, Any]]:
         call = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
         if isinstance(value.get("id"), str):
             call["id"] = value["id"]
-        _check_text(as_json(call), f"message {number}: a tool call")
+        _check_json(call, f"message {number}: a tool call")
         calls.append(call)
     return calls
 
 
 def _tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     tools = _decoded(row.get("tools"), "tools")
-    if not tools:
+    if tools is None or tools == []:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRow("wrong_type", "tools must be a list of JSON schemas")
-    _check_text(as_json(tools), "tools")
+    _check_json(tools, "tools")
     return tools
 
 
@@ -372,7 +428,7 @@ def _decoded(value: Any, name: str) -> Any:
     if not isinstance(value, str) or not value.strip():
         return None if isinstance(value, str) else value
     try:
-        return json.loads(value)
+        return json.loads(value, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise BadRow("malformed_json", f"{name} is text that is not JSON: {error}") from error
 
@@ -382,6 +438,29 @@ def _text(value: Any, name: str) -> str:
         raise BadRow("wrong_type", f"{name} is {_kind(value)}, text is needed")
     _check_text(value, name)
     return value
+
+
+def _is_blank(text: str) -> bool:
+    """True for spaces and characters without a width, such as U+200B and U+FEFF, only."""
+    stripped = text.strip()
+    if not stripped or stripped.isascii():
+        return not stripped
+    return all(c.isspace() or unicodedata.category(c) == "Cf" for c in stripped)
+
+
+def _check_json(value: Any, name: str) -> None:
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+    except ValueError as error:
+        raise BadRow("wrong_type", f"{name} has NaN or an infinite number: not JSON") from error
+    except RecursionError as error:
+        raise BadRow("wrong_type", f"{name} is nested too deeply") from error
+    if text.count("{") + text.count("[") > _DEEPEST:
+        # brackets in a string count too: what looks so deep is nothing that a person wrote
+        levels = accumulate(_BRACKETS.get(character, 0) for character in text)
+        if max(levels) > _DEEPEST:
+            raise BadRow("wrong_type", f"{name} is nested in more than {_DEEPEST} levels")
+    _check_text(text, name)
 
 
 def _check_text(value: str, name: str) -> None:

@@ -15,6 +15,7 @@ import io
 import json
 import re
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -246,6 +247,14 @@ class _Hashing(io.RawIOBase):
         self._raw = raw
         self._digest = hashlib.sha256()
 
+    def local_file(self) -> io.BufferedReader | None:
+        """The file itself where it is one of this machine, to be read in any order."""
+        return self._raw if isinstance(self._raw, io.BufferedReader) else None
+
+    def rewind(self) -> None:
+        """Begin again at the start; nothing may have been read through before."""
+        self._raw.seek(0)
+
     def readable(self) -> bool:
         return True
 
@@ -321,13 +330,13 @@ def _json(name: str, raw: _Hashing, compression: str) -> Iterator[Block]:
         while (start := file.peek(1)[:1]) and start.isspace():
             file.read(1)
         if start == b"[":
-            yield from _json_blocks(_items(name, file), name)
+            yield from _blocks_of_items(_items(name, file), name)
         else:  # many data sets name JSON lines .json
             yield from _blocks_of_lines(name, file)
 
 
-def _items(name: str, file: io.BufferedReader) -> Iterator[Any]:
-    """The items of a JSON array, one at a time."""
+def _items(name: str, file: io.BufferedReader) -> Iterator[bytes]:
+    """The items of a JSON array as they are written, one at a time, each in one line."""
     text = io.TextIOWrapper(file, encoding="utf-8")
     decoder = json.JSONDecoder()
     buffer, position, ended, number, comma = text.read(_PIECE), 1, False, 0, False
@@ -339,8 +348,8 @@ def _items(name: str, file: io.BufferedReader) -> Iterator[Any]:
                 if rest.strip():
                     raise ValueError("there is more after the array")
                 return
-            item, end = decoder.raw_decode(buffer, position)
-            end = _SPACE.match(buffer, end).end()  # pyright: ignore[reportOptionalMemberAccess]
+            _, close = decoder.raw_decode(buffer, position)
+            end = _SPACE.match(buffer, close).end()  # pyright: ignore[reportOptionalMemberAccess]
             if buffer[end : end + 1] not in (",", "]"):
                 raise ValueError(f"expecting ',' or ']' after item {number + 1}")
         except (ValueError, RecursionError) as error:
@@ -353,21 +362,21 @@ def _items(name: str, file: io.BufferedReader) -> Iterator[Any]:
                 ) from error
             buffer, position = buffer[position:] + more, 0
             continue
-        yield item
+        # between the values line breaks are spaces, and in a string JSON has none
+        yield buffer[position:close].replace("\n", " ").encode("utf-8")
         number += 1
         comma = buffer[end] == ","
         position = end + comma
 
 
 def _json_blocks(rows: Iterable[Any], name: str) -> Iterator[Block]:
+    yield from _blocks_of_items((json.dumps(row).encode("ascii") for row in rows), name)
+
+
+def _blocks_of_items(items: Iterable[bytes], name: str) -> Iterator[Block]:
     number, lines, size, too_long = 1, [], 0, []
-    for row in rows:
-        try:
-            line = json.dumps(row, ensure_ascii=True).encode("ascii") + b"\n"
-        except RecursionError as error:
-            raise DataError(
-                f"{name} row {number + len(lines)}: malformed JSON: nested too deeply"
-            ) from error
+    for item in items:
+        line = item + b"\n"
         if len(line) > MAX_ROW_BYTES:
             too_long.append(len(lines))
             line = b"\n"
@@ -395,7 +404,9 @@ def _csv_rows(name: str, reader: Any) -> Iterator[dict[str, str | None]]:
     try:
         header = next(reader, [])
         if len(set(header)) < len(header) or "" in header:
-            raise DataError(f"data file {name}: the header {header} has empty or repeated names")
+            raise DataError(
+                f"data file {name}: the header {str(header)[:300]} has empty or repeated names"
+            )
         for fields in reader:
             if not fields:
                 continue
@@ -415,36 +426,73 @@ def _parquet(name: str, raw: _Hashing, compression: str) -> Iterator[Block]:
 
     with _seekable(raw, compression) as file:
         try:
-            table = pq.ParquetFile(file)
+            # a group of rows may be the whole file: it is not read ahead
+            table = pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
+            names = table.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise DataError(
+                    f"data file {name}: the columns {str(names)[:300]} have repeated names"
+                )
             number = 1
-            for batch in table.iter_batches(batch_size=BLOCK_ROWS):
-                yield _arrow_block(batch, name, number)
+            for batch in table.iter_batches(_rows_at_once(table.metadata)):
+                yield from _arrow_blocks(batch, name, number)
                 number += batch.num_rows
         except (pa.ArrowException, OSError) as error:
-            raise DataError(
-                f"data file {name} is damaged or no Parquet file: {str(error).splitlines()[0]}"
-            ) from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            raise DataError(f"data file {name} is damaged or no Parquet file: {reason}") from error
+
+
+def _rows_at_once(metadata: Any) -> int:
+    """So many rows of a Parquet file as make a block, by what its directory says of their size."""
+    groups = [metadata.row_group(n) for n in range(metadata.num_row_groups)]
+    widest = max((g.total_byte_size / g.num_rows for g in groups if g.num_rows > 0), default=0.0)
+    return max(1, min(BLOCK_ROWS, int(BLOCK_BYTES / max(widest, 1.0))))
 
 
 @contextmanager
 def _seekable(raw: _Hashing, compression: str) -> Iterator[IO[bytes]]:
-    # Parquet keeps its directory at the end, and one pass gives the digest: so a copy
+    # Parquet keeps its directory at the end. What is compressed or far away is read once, so a copy
     import shutil
     import tempfile
 
+    if not compression and (file := raw.local_file()):
+        yield file
+        raw.rewind()
+        return
     with tempfile.TemporaryFile() as copy:
         shutil.copyfileobj(_decompressed(raw, compression), copy, 2**20)
         copy.seek(0)
         yield copy
 
 
-def _arrow_block(batch: Any, name: str, number: int) -> Block:
+def _arrow_blocks(batch: Any, name: str, number: int) -> Iterator[Block]:
+    """Blocks of a bounded size; a row of more than `MAX_ROW_BYTES` is only counted."""
     import pyarrow as pa
 
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema.remove_metadata()) as writer:
-        writer.write_batch(batch.replace_schema_metadata(None))
-    return Block("arrow", sink.getvalue().to_pybytes(), name, number, "row")
+    batch = _without_dictionaries(batch.replace_schema_metadata(None))
+    parts = deque([(0, batch.num_rows)])
+    while parts:
+        start, end = parts.popleft()
+        part = batch.slice(start, end - start)
+        if part.nbytes > MAX_ROW_BYTES and end - start > 1:
+            middle = (start + end) // 2
+            parts.extendleft([(middle, end), (start, middle)])
+            continue
+        too_long = part.nbytes > MAX_ROW_BYTES
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, part.schema) as writer:
+            if not too_long:
+                writer.write_batch(part)
+        payload = sink.getvalue().to_pybytes()
+        yield Block("arrow", payload, name, number + start, "row", (0,) if too_long else ())
+
+
+def _without_dictionaries(batch: Any) -> Any:
+    """Every row with its own values: a dictionary would count, and be copied, with each part."""
+    import pyarrow as pa
+
+    columns = [c.dictionary_decode() if pa.types.is_dictionary(c.type) else c for c in batch]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
 _READERS: Final = {
@@ -456,18 +504,39 @@ _READERS: Final = {
 }
 
 
-def _hub(source: Source, digests: dict[str, str]) -> Iterator[Block]:
+def pinned(source: Source) -> Source:
+    """The same source, a hub's data set at the commit that its branch or tag names now.
+
+    Raises:
+        DataError: the hub does not say which.
+    """
     repository, _, revision = source.path.removeprefix(_HUB).partition("@")
+    if not source.path.startswith(_HUB) or _COMMIT.fullmatch(revision):
+        return source
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        commit = HfApi().dataset_info(repository, revision=revision or None).sha or ""
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        raise DataError(
+            f"data set {source.path}: the hub does not say which commit that is: "
+            f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+        ) from error
+    return source.model_copy(update={"path": f"{_HUB}{repository}@{commit}"})
+
+
+def _hub(source: Source, digests: dict[str, str]) -> Iterator[Block]:
+    repository = source.path.removeprefix(_HUB).partition("@")[0]
     if not re.fullmatch(r"[\w.\-]+/[\w.\-]+", repository):
         raise DataError(f"data set {source.path} is not of the form {_HUB}org/name[@revision]")
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    # a branch or tag may move while it is read
+    revision = pinned(source).path.rpartition("@")[2]
     try:
-        if not _COMMIT.fullmatch(revision):  # a branch or tag may move while it is read
-            revision = HfApi().dataset_info(repository, revision=revision or None).sha or ""
         rows: Any = load_dataset(
             repository,
             name=source.config or None,
@@ -479,10 +548,10 @@ def _hub(source: Source, digests: dict[str, str]) -> Iterator[Block]:
         digest, number = hashlib.sha256(), 1
         for batch in rows.with_format("arrow").iter(batch_size=BLOCK_ROWS):
             for part in batch.combine_chunks().to_batches():
-                block = _arrow_block(part, name, number)
-                digest.update(block.payload)
+                for block in _arrow_blocks(part, name, number):
+                    digest.update(block.payload)
+                    yield block
                 number += part.num_rows
-                yield block
     except (
         DatasetsError, HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError, RuntimeError
     ) as error:  # fmt: skip

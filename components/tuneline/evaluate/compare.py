@@ -17,15 +17,22 @@ Scores = Mapping[str, Mapping[str, Sequence[float | None]]]
 BASE: Final = "base"
 TUNED: Final = "tuned"
 CHAMPION: Final = "champion"
+_MOST_NAMED: Final = 10
 _HIGHEST_EXPONENT: Final = 700.0  # of exp in doubles
 
 
 def compare(
-    scores: Scores, tokens: Sequence[int], metrics: Sequence[Metric], rows: Sequence[int]
+    scores: Scores,
+    tokens: Sequence[int],
+    metrics: Sequence[Metric],
+    rows: Sequence[int],
+    numbers: Sequence[int] = (),
 ) -> dict[str, dict[str, Any]]:
     """Every metric over some rows: means and intervals of each model, and the tuned one's gains.
 
-    A row counts for a metric if every model has a score there. Metrics of kind `tokens` weigh a
+    A row counts for a metric if every model has a score there. Where only some models have one, the
+    metric left it out for what a model answered, which says nothing of the row: `rows_excluded`
+    counts such rows and `excluded` names the first. Metrics of kind `tokens` weigh a
     row by its supervised tokens; perplexity is the exponential of that mean.
 
     Args:
@@ -33,6 +40,7 @@ def compare(
         tokens: supervised tokens of each row.
         metrics: what to report.
         rows: positions of the rows to take.
+        numbers: what each row is called; unset: its position.
     """
     models = list(scores)
     columns = [_columns(metric, scores, models, tokens, rows) for metric in metrics]
@@ -42,10 +50,18 @@ def compare(
     result = {}
     for index, metric in enumerate(metrics):
         part = slice(index * len(models), (index + 1) * len(models))
+        excluded = [row for row in rows if _only_some(metric.name, scores, row)]
         result[metric.name] = _compare_one(
             metric, models, values[:, part], weights[:, part], resamples[:, part]
-        )
+        ) | {
+            "rows_excluded": len(excluded),
+            "excluded": [numbers[row] if numbers else row for row in excluded[:_MOST_NAMED]],
+        }
     return result
+
+
+def _only_some(metric: str, scores: Scores, row: int) -> bool:
+    return len({of_model[metric][row] is None for of_model in scores.values()}) > 1
 
 
 def _columns(

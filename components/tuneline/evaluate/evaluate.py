@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
 from tuneline import artifacts, base_model
-from tuneline.artifacts import Artifact
+from tuneline.artifacts import Artifact, digest_of
 from tuneline.base_model import BaseModel
+from tuneline.data_prep import chat
 from tuneline.data_prep.prepare import CONTRACT
-from tuneline.errors import ArtifactError, DataError
+from tuneline.errors import ArtifactError, DataError, ModelError
 from tuneline.evaluate.bootstrap import CONFIDENCE, RESAMPLES
 from tuneline.evaluate.champion import Champion, current_champion, why_not_comparable
 from tuneline.evaluate.compare import BASE, CHAMPION, TUNED, compare, compare_texts
-from tuneline.evaluate.forgetting import TextSet, read_text_sets
+from tuneline.evaluate.final_answer import FinalAnswer, final_answer
+from tuneline.evaluate.forgetting import GENERAL, TextSet, read_text_sets
 from tuneline.evaluate.gate import decide
 from tuneline.evaluate.generate import Generated
 from tuneline.evaluate.likelihood import predicted_tokens
 from tuneline.evaluate.measure import Measured, longest_answer, measure, score_answers
-from tuneline.evaluate.metrics import Metric, metric_named
+from tuneline.evaluate.metrics import METRICS, Metric, metric_named
 from tuneline.evaluate.report import render_report
 from tuneline.evaluate.rows import EvalRow, digest_of_rows, read_test_rows, slices_of
 from tuneline.evaluate.tasks import (
@@ -34,10 +36,10 @@ from tuneline.evaluate.tasks import (
     load_tasks,
     tell,
 )
-from tuneline.evaluate.vllm_answers import check_engine, served_by_vllm
+from tuneline.evaluate.vllm_answers import chosen_engine, served_by_vllm
 from tuneline.progress import report
 from tuneline.recipe import EvaluationSection, GateSection
-from tuneline.tracking import Step
+from tuneline.tracking import Step, mlflow_key
 
 SCORES: Final = "scores.jsonl"
 TASK_SCORES: Final = "task_scores.jsonl"
@@ -45,7 +47,6 @@ REPORT: Final = "report.json"
 HTML: Final = "report.html"
 _MEASURED: Final = "measured.json"
 _SAMPLES: Final = 3
-_NOT_IN_A_KEY: Final = re.compile(r"[^\w./ -]")  # of MLflow's
 
 
 def evaluate(
@@ -85,7 +86,7 @@ def evaluate(
     base = base_model.resolve(model_reference)
     check_lineage(adapter, base, dataset)
     metrics = [metric_named(name) for name in evaluation.metrics]
-    rows = read_test_rows(dataset, evaluation.max_rows)
+    rows, final = read_rows(base, dataset, evaluation.max_rows)
     # what can be wrong with the settings shows before a model is loaded
     _check_applies(metrics, rows, gate.metric)
     slices = slices_of(rows, evaluation.slices)
@@ -94,7 +95,7 @@ def evaluate(
         champion = None
         if champion_of and gate.champion != "ignore":
             champion = stack.enter_context(current_champion(champion_of))
-        found = _Evaluation(base, adapter, champion, rows, metrics, tasks, evaluation)
+        found = _Evaluation(base, adapter, champion, rows, final, metrics, tasks, evaluation)
         if base_scores_dir is not None:
             found.measured[BASE] = _read_base_scores(base_scores_dir, base, dataset, evaluation)
         found.run()
@@ -147,10 +148,11 @@ def measure_base(
     base = base_model.resolve(model_reference)
     _check_prepared_for(dataset, base)
     metrics = [metric_named(name) for name in evaluation.metrics]
-    rows = read_test_rows(dataset, evaluation.max_rows)
+    rows, final = read_rows(base, dataset, evaluation.max_rows)
+    slices_of(rows, evaluation.slices)  # the legs' evaluations would fail, after their trainings
     tasks = load_tasks(evaluation)
     with artifacts.writing(output) as aside:
-        found = _Evaluation(base, None, None, rows, metrics, tasks, evaluation)
+        found = _Evaluation(base, None, None, rows, final, metrics, tasks, evaluation)
         found.run()
         text = json.dumps(asdict(found.measured[BASE]), ensure_ascii=False, allow_nan=False)
         (aside / _MEASURED).write_text(text + "\n", encoding="utf-8")
@@ -162,6 +164,34 @@ def measure_base(
             inputs={"prepared_dataset": dataset.digest},
         )
     return artifacts.load(output, "base_scores")
+
+
+def check_fits(
+    base: BaseModel, dataset: Artifact, evaluation: EvaluationSection, gate: GateSection | None
+) -> None:
+    """Refuse, before anything is trained, an evaluation that the prepared test rows can't give.
+
+    Args:
+        base: the base model.
+        dataset: a PreparedDataset.
+        evaluation: what is to be measured on it.
+        gate: what has to hold; None: not known yet.
+
+    Raises:
+        DataError: there is no test row, no row has a column of evaluation.slices, or gate.metric
+            applies to none.
+    """
+    rows, _ = read_rows(base, dataset, evaluation.max_rows)
+    slices_of(rows, evaluation.slices)
+    if gate is None:
+        return
+    if gate.metric in METRICS:  # a package's own may not be in every step's image
+        _check_applies([metric_named(gate.metric)], rows, gate.metric)
+    if len(rows) < gate.min_rows:
+        report(
+            f"warning: {len(rows)} test rows are fewer than gate.min_rows {gate.min_rows}, so the "
+            "gate will refuse: give more rows, or raise data.test_fraction or evaluation.max_rows"
+        )
 
 
 def _check_prepared_for(dataset: Artifact, base: BaseModel) -> None:
@@ -218,6 +248,20 @@ def check_lineage(adapter: Artifact, base: BaseModel, dataset: Artifact | None) 
         )
 
 
+def read_rows(
+    base: BaseModel, dataset: Artifact, max_rows: int
+) -> tuple[list[EvalRow], FinalAnswer]:
+    """The test rows, and how their references and generated answers are read alike."""
+    rows = read_test_rows(dataset, max_rows)
+    tokenizer = chat.load_tokenizer(str(base.path), trust_code=base.trusts_code)
+    renderer = None
+    if any(row.prompt is not None for row in rows):
+        fallback = dataset.manifest.config.get("fallback_template", "")
+        renderer = chat.Renderer(chat.chat_format(tokenizer, base.path, fallback))
+    final = final_answer(tokenizer, renderer)
+    return final.of_rows(rows), final
+
+
 def _check_applies(metrics: Sequence[Metric], rows: Sequence[EvalRow], deciding: str) -> None:
     """Score the references against themselves: a metric that fails does so before any answer."""
     own = [None if row.prompt is None else row.reference for row in rows]
@@ -237,6 +281,7 @@ class _Evaluation:
         adapter: Artifact | None,
         champion: Champion | None,
         rows: Sequence[EvalRow],
+        final: FinalAnswer,
         metrics: Sequence[Metric],
         tasks: Sequence[LoadedTask],
         evaluation: EvaluationSection,
@@ -245,8 +290,11 @@ class _Evaluation:
         self.tokens = [predicted_tokens(row.supervised) for row in rows]
         self.measured: dict[str, Measured] = {}
         self.champion_note = ""
+        self.engine = ""
+        """What generated the answers of all models; empty where none were needed."""
         self._base, self._adapter, self._champion = base, adapter, champion
         self._metrics, self._tasks, self._settings = metrics, tasks, evaluation
+        self._final = final
         self._text_sets: list[TextSet] = []
 
     def run(self) -> None:
@@ -256,12 +304,11 @@ class _Evaluation:
         """
         from transformers import AutoTokenizer
 
-        from tuneline.data_prep.chat import load_tokenizer
         from tuneline.finetune.load import load_base, load_tuned, stands_on_base
 
         base, settings = self._base, self._settings
-        check_engine(settings.engine)
-        tokenizer = load_tokenizer(str(base.path), trust_code=base.trusts_code)
+        engine = chosen_engine(settings.engine)
+        tokenizer = self._final.tokenizer
         limit = settings.max_new_tokens or longest_answer(tokenizer, self.rows)
         # a second one: the rows' tokenizer no longer adds what plain text starts with
         plain = AutoTokenizer.from_pretrained(base.path, trust_remote_code=base.trusts_code)
@@ -272,19 +319,19 @@ class _Evaluation:
             max_rows=settings.max_rows,
         )
 
-        generated = self._generated(tokenizer, limit)
+        generated = self._generated(engine, limit)
 
         def take(name: str, model: Any) -> None:
             self.measured[name] = measure(
                 name,
                 model,
-                tokenizer,
                 self.rows,
                 self.tokens,
                 self._text_sets,
                 self._metrics,
                 settings,
                 limit,
+                self._final,
                 self._tasks,
                 plain,
                 generated.get(name),
@@ -303,37 +350,48 @@ class _Evaluation:
         del loaded
         if (champion := self._champion) is None:
             return
-        own = load_tokenizer(str(champion.artifact.path), trust_code=base.trusts_code)
+        own = chat.load_tokenizer(str(champion.artifact.path), trust_code=base.trusts_code)
         self.champion_note = why_not_comparable(own, tokenizer)
         if not self.champion_note:
             take(CHAMPION, champion.load(trust_code=base.trusts_code))
 
-    def _generated(self, tokenizer: Any, limit: int) -> dict[str, list[Generated]]:
+    def _generated(self, engine: str, limit: int) -> dict[str, list[Generated]]:
         """Answers of all models by vLLM, before any is loaded for the rest; of none where it can't
         serve one: their differences would be those of two engines."""
-        if self._settings.engine != "vllm" or not any(m.kind == "answer" for m in self._metrics):
+        if not any(metric.kind == "answer" for metric in self._metrics):
             return {}
-        return served_by_vllm(
-            self._base,
-            self._adapter,
-            self._champion.artifact if self._champion else None,
-            tokenizer,
-            [row.prompt for row in self.rows if row.prompt is not None],
-            max_new_tokens=limit,
-            measured_before=BASE in self.measured,
-        )
+        found: dict[str, list[Generated]] = {}
+        if engine == "vllm":
+            try:
+                found = served_by_vllm(
+                    self._base,
+                    self._adapter,
+                    self._champion.artifact if self._champion else None,
+                    self._final,
+                    [row.prompt for row in self.rows if row.prompt is not None],
+                    max_new_tokens=limit,
+                    measured_before=BASE in self.measured,
+                )
+            except ModelError as error:
+                if self._settings.engine == "vllm":
+                    raise
+                report(f"warning: answers by transformers: {error}")
+        name = "vllm" if found else "transformers"
+        self.engine = f"{name} {version(name)}"
+        return found
 
     def of_tasks(self) -> dict[str, dict[str, TaskResult]]:
         """Model -> task -> result."""
         return {name: measured.tasks for name, measured in self.measured.items()}
 
     def result(
-        self, slices: Mapping[str, Mapping[str, Sequence[int]]], gate: GateSection
+        self, slices: Mapping[str, Mapping[str | None, Sequence[int]]], gate: GateSection
     ) -> dict[str, Any]:
         """The content of report.json."""
         scores = {name: measured.scores for name, measured in self.measured.items()}
         everything = range(len(self.rows))
-        blocks = compare(scores, self.tokens, self._metrics, everything)
+        numbers = [row.number for row in self.rows]
+        blocks = compare(scores, self.tokens, self._metrics, everything, numbers)
         if not blocks[gate.metric]["rows"]:
             raise DataError(
                 f"gate.metric {gate.metric} has no test row that every model has a score for: "
@@ -349,7 +407,7 @@ class _Evaluation:
                     {
                         "value": value,
                         "rows": len(positions),
-                        "metrics": compare(scores, self.tokens, self._metrics, positions),
+                        "metrics": compare(scores, self.tokens, self._metrics, positions, numbers),
                     }
                     for value, positions in values.items()
                 ]
@@ -365,6 +423,7 @@ class _Evaluation:
                 }
                 for text_set in self._text_sets
             },
+            "engine": self.engine,
             "answers": {
                 name: _of_answers(measured)
                 for name, measured in self.measured.items()
@@ -375,7 +434,7 @@ class _Evaluation:
         }
         result["verdict"] = decide(result, gate)
         result["eval_set_digest"] = digest_of_rows(self.rows)
-        result["samples"] = self._samples(gate.metric)
+        result["samples_by"], result["samples"] = self._samples(gate.metric)
         return result
 
     def _of_champion(self, block: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -390,20 +449,31 @@ class _Evaluation:
             **block.get(CHAMPION, {"score": None, "interval": [None, None]}),
         }
 
-    def _samples(self, metric: str) -> list[dict[str, Any]]:
-        """Before and after, a failure among them where there is one: nobody learns from picked
-        wins."""
+    def _samples(self, deciding: str) -> tuple[str, list[dict[str, Any]]]:
+        """Before and after, and the title of the metric that they were taken by: the first rows
+        that the tuned model does best, and one that it does less well, since nobody learns from
+        picked wins."""
         if self.measured[TUNED].answers is None:
-            return []
+            return "", []
+        # what the deciding one says of an answer's probability, nobody sees in its text
+        metric = next(
+            metric
+            for metric in sorted(self._metrics, key=lambda metric: metric.name != deciding)
+            if metric.kind == "answer"
+        )
+        sign = 1 if metric.higher_is_better else -1
         rows = [self.row(n) for n, r in enumerate(self.rows) if r.prompt is not None]
-        key = metric if metric in rows[0]["scores"][TUNED] else "exact_match"
-        scored = [row for row in rows if row["scores"][TUNED].get(key) is not None]
-        highest = max((row["scores"][TUNED][key] for row in scored), default=0.0)
-        right = [row for row in scored if row["scores"][TUNED][key] == highest]
-        wrong = [row for row in scored if row["scores"][TUNED][key] < highest]
-        chosen = (right[: _SAMPLES - 1] + wrong[:1]) if wrong else right[:_SAMPLES]
+        scored = [
+            (sign * score, row)
+            for row in rows
+            if (score := row["scores"][TUNED][metric.name]) is not None
+        ]
+        highest = max((score for score, _ in scored), default=0.0)
+        best = [row for score, row in scored if score == highest]
+        less = [row for score, row in scored if score < highest]
+        chosen = (best[: _SAMPLES - 1] + less[:1]) if less else best[:_SAMPLES]
         chosen += [row for row in rows if row not in chosen][: _SAMPLES - len(chosen)]
-        return [_sample(row) for row in chosen]
+        return metric.title, [_sample(row) for row in chosen]
 
     def row(self, position: int) -> dict[str, Any]:
         """All that is known of a row, as it is kept in scores.jsonl."""
@@ -463,26 +533,36 @@ def _of_answers(measured: Measured) -> dict[str, Any]:
         "count": len(answers),
         "cut": sum(not answer.ended for answer in answers),
         "empty": sum(not answer.text.strip() for answer in answers),
+        "prompts_cut": sum(answer.prompt_cut for answer in answers),
     }
 
 
 def _figures(result: Mapping[str, Any]) -> dict[str, float]:
     """What MLflow shows of the step."""
     figures = {"test_rows": result["rows"], "gate_passed": float(result["verdict"]["passed"])}
-    for name, block in result["metrics"].items():
-        for model in (BASE, TUNED, CHAMPION):
-            if model in block and block[model]["score"] is not None:
-                figures[f"{model}_{name}"] = block[model]["score"]
     figures["difference"] = result["difference"]
     figures["difference_low"] = result["difference_interval"][0]
+
+    def put(value: float | None, *parts: str) -> None:
+        key = mlflow_key("_".join(parts))
+        if key in figures:  # a task `a` with a metric `b_c` beside a task `a_b` with a metric `c`
+            key = mlflow_key(f"{key}-{digest_of(parts)[7:15]}")
+        if value is not None:
+            figures[key] = value
+
+    models = (BASE, TUNED, CHAMPION)
+    for name, block in result["metrics"].items():
+        for model in models:
+            if model in block:
+                put(block[model]["score"], model, name)
     for name, found in result["forgetting"].items():
-        figures[f"forgetting_{name.replace(' ', '_')}"] = found[TUNED]["change"]
+        known = name.replace(" ", "_") if name == GENERAL else name
+        put(found[TUNED]["change"], "forgetting", known)
     for label, found in result["tasks"].items():
         for metric, block in found["metrics"].items():
-            for model in (BASE, TUNED, CHAMPION):
-                if model in block and block[model]["score"] is not None:
-                    name = _NOT_IN_A_KEY.sub("_", f"{model}_task_{label}_{metric}")
-                    figures[name] = block[model]["score"]
+            for model in models:
+                if model in block:
+                    put(block[model]["score"], model, "task", label, metric)
     return figures
 
 
@@ -502,6 +582,11 @@ def _tell(result: Mapping[str, Any]) -> None:
     cut = result["answers"].get(TUNED, {}).get("cut", 0)
     if cut:
         report(f"warning: {cut} answers of the tuned model did not end and were cut")
+    if cut := result["answers"].get(TUNED, {}).get("prompts_cut", 0):
+        report(
+            f"warning: {cut} prompts left no room for an answer in the model's context and lost "
+            "their start: lower data.max_seq_len or evaluation.max_new_tokens"
+        )
     verdict = result["verdict"]
     report(
         f"gate: {'passed' if verdict['passed'] else 'refused: ' + '; '.join(verdict['reasons'])}"

@@ -60,6 +60,17 @@ def read_text_sets(
     return sets
 
 
+def faults_of_text_sets(named: Mapping[str, str]) -> list[str]:
+    """Why named sets can't be read, as far as their first text shows."""
+    faults = []
+    for path in named.values():
+        try:
+            read_texts(Path(path).expanduser(), 1)
+        except DataError as error:
+            faults.append(str(error))
+    return faults
+
+
 def general_texts() -> list[str]:
     """The project's own texts."""
     file = files("tuneline.evaluate").joinpath("general_text.jsonl")

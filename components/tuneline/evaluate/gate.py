@@ -21,8 +21,9 @@ def decide(result: Mapping[str, Any], gate: GateSection) -> dict[str, Any]:
 
     Returns:
         `passed`; `reasons`, a sentence for each condition that does not hold; `checks`, every
-        condition with `check`, `passed`, `value`, `limit` and `sentence`; `refused`, what becomes
-        of a model that did not pass; and the gate's settings.
+        condition with `check`, `passed`, `value`, `limit` and `sentence`; `rows_without_floor`, how
+        many rows of a column with floors none of them judges; `refused`, what becomes of a model
+        that did not pass; and the gate's settings.
     """
     block = result["metrics"][gate.metric]
     checks = [
@@ -36,6 +37,7 @@ def decide(result: Mapping[str, Any], gate: GateSection) -> dict[str, Any]:
         ),
         _gain("min_gain", "gain", block[f"over_{BASE}"], gate.min_gain, "gate.min_gain"),
     ]
+    checks += _excluded(block, f"metric {gate.metric}", "test rows")
     if gate.champion != "ignore" and result["champion"] is not None:
         checks.append(_champion(block, result["champion"], gate))
     checks += _floors(result, gate)
@@ -47,6 +49,7 @@ def decide(result: Mapping[str, Any], gate: GateSection) -> dict[str, Any]:
         "passed": not reasons,
         "reasons": reasons,
         "checks": checks,
+        "rows_without_floor": _without_floor(result["slices"], gate),
         **gate.model_dump(mode="json"),
     }
 
@@ -61,6 +64,20 @@ def _check(
         "limit": limit,
         "sentence": holds if passed else fails,
     }
+
+
+def _excluded(block: Mapping[str, Any], metric: str, what: str) -> list[dict[str, Any]]:
+    """A metric that has no score for some models' answers takes their failures out of the mean."""
+    if not block["rows_excluded"]:
+        return []
+    named = ", ".join(map(str, block["excluded"]))
+    more = ", ..." if block["rows_excluded"] > len(block["excluded"]) else ""
+    sentence = (
+        f"{metric} scores only some of the models on {block['rows_excluded']} {what} "
+        f"({named}{more}): it may be None for what the row is, never for what a model answered; "
+        "give the lowest score there"
+    )
+    return [_check("rows_excluded", False, block["rows_excluded"], 0, sentence, sentence)]
 
 
 def _gain(
@@ -118,19 +135,37 @@ def _floors(result: Mapping[str, Any], gate: GateSection) -> list[dict[str, Any]
         if not found:
             sentence = f"slice {place} has no test rows, so gate.slice_floors can't be checked"
             checks.append(_check(name, False, None, floor, sentence, sentence))
-        checks += [_floor(name, column, part, floor, gate.metric) for part in found]
+        checks += [_floor(name, column, part, floor, gate) for part in found]
     return checks
 
 
+def _without_floor(slices: Mapping[str, Any], gate: GateSection) -> dict[str, int]:
+    places = [slice_of(place, slices) for place in gate.slice_floors]
+    found = {}
+    for column, parts in slices.items():
+        judged = {value for of, value in places if of == column}
+        if judged and None not in judged:
+            found[column] = sum(part["rows"] for part in parts if part["value"] not in judged)
+    return found
+
+
 def _floor(
-    name: str, column: str, part: Mapping[str, Any], floor: float, metric: str
+    name: str, column: str, part: Mapping[str, Any], floor: float, gate: GateSection
 ) -> dict[str, Any]:
-    block = part["metrics"][metric]
+    block = part["metrics"][gate.metric]
     score = block[TUNED]["score"]
     place = f"slice {column}={part['value']} ({block['rows']} rows)"
+    if part["value"] is None:
+        place = f"slice without {column} ({block['rows']} rows)"
     if score is None:
-        sentence = f"{place} has no score in {metric}"
+        sentence = f"{place} has no score in {gate.metric}"
         return _check(name, False, None, floor, sentence, sentence)
+    if block["rows"] < gate.min_slice_rows:
+        sentence = (
+            f"{place} has fewer rows than gate.min_slice_rows {gate.min_slice_rows}, so its floor "
+            "can't be checked: give more test rows, or floors to other slices"
+        )
+        return _check(name, False, score, floor, sentence, sentence)
     higher = block["higher_is_better"]
     passed = score >= floor - _ROUNDING if higher else score <= floor + _ROUNDING
     side = "below" if higher else "above"
@@ -177,6 +212,8 @@ def _drop(tasks: Mapping[str, Any], place: str, most: float) -> dict[str, Any]:
         known = f"it has {', '.join(blocks)}" if blocks else "it was not measured"
         sentence = f"task {task} has no metric {metric}, so it can't be checked: {known}"
         return _check(name, False, None, most, sentence, sentence)
+    if excluded := _excluded(blocks[metric], f"task {task}: {metric}", "documents"):
+        return excluded[0] | {"check": name, "limit": most}
     low = blocks[metric][f"over_{BASE}"]["gain_interval"][0]
     if low is None:
         sentence = (

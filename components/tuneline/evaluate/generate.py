@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tuneline.errors import DataError
@@ -18,9 +19,11 @@ class Generated:
     """One answer."""
 
     text: str
-    """Special tokens removed."""
+    """Without its end token and special ones."""
     ended: bool
     """Whether the model ended it; else it was cut at the limit."""
+    prompt_cut: bool = False
+    """Whether its prompt lost its start, since the model's context had no room for all of it."""
 
 
 def generate_answers(
@@ -32,6 +35,8 @@ def generate_answers(
     batch_tokens: int,
     max_new_tokens: int,
     on_batch: Callable[[int, int], None],
+    read: Callable[[Sequence[int]], str] | None = None,
+    cut_prompts: bool = False,
 ) -> list[Generated]:
     """Greedy answers in the order of the prompts.
 
@@ -48,20 +53,28 @@ def generate_answers(
             is a batch of its own.
         max_new_tokens: longest answer.
         on_batch: told how many of how many prompts are done.
+        read: makes the text of an answer's token ids; None: the tokenizer, special tokens left out.
+        cut_prompts: take the start off a prompt that leaves no room, as `fitted` does.
 
     Raises:
         DataError: a prompt leaves no room for an answer in the model's context.
     """
     import torch
 
+    if read is None:
+        read = partial(tokenizer.decode, skip_special_tokens=True)
+
     model.eval()
     device = next(model.parameters()).device
     encoded = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    lengths = [len(ids) for ids in encoded]
     context = getattr(model.config, "max_position_embeddings", None)
     virtual = virtual_tokens(model)
     if context is not None:
         context -= virtual
+    whole = [len(ids) for ids in encoded]
+    if cut_prompts:
+        encoded = [fitted(ids, context, max_new_tokens, tokenizer.bos_token_id) for ids in encoded]
+    lengths = [len(ids) for ids in encoded]
     check_room(lengths, context)
     ends = end_tokens(model.generation_config, tokenizer)
     pad: Any = tokenizer.pad_token_id
@@ -94,11 +107,9 @@ def generate_answers(
                 eos_token_id=ends,
                 pad_token_id=pad,
             )
-        new = output[:, width:].cpu()
-        ended = torch.isin(new, torch.tensor(ends)).any(dim=1).tolist()
-        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-        for row, text, has_ended in zip(rows, texts, ended, strict=True):
-            answers[row] = Generated(text, has_ended)
+        for row, ids in zip(rows, output[:, width:].tolist(), strict=True):
+            kept = until_end(ids, ends)
+            answers[row] = Generated(read(kept), len(kept) < len(ids), lengths[row] < whole[row])
         done += len(rows)
         on_batch(done, len(prompts))
     return [answer for answer in answers if answer is not None]
@@ -150,6 +161,29 @@ def check_room(lengths: Sequence[int], context: int | None) -> None:
             f"a prompt of {max(lengths)} tokens leaves no room for an answer in the model's "
             f"context of {context}: lower data.max_seq_len"
         )
+
+
+def fitted(
+    ids: list[int], context: int | None, max_new_tokens: int, bos_id: int | None
+) -> list[int]:
+    """A prompt from which so much of the start is taken that an answer fits behind it.
+
+    As `data.overflow: truncate_left` does, it keeps a first token that models need. An answer is
+    given half of the context at most.
+    """
+    if context is None:
+        return ids
+    room = max(1, context - min(max_new_tokens, context // 2))
+    if len(ids) <= room:
+        return ids
+    if ids[0] == bos_id and room > 1:
+        return [ids[0], *ids[len(ids) - room + 1 :]]
+    return ids[len(ids) - room :]
+
+
+def until_end(ids: Sequence[int], ends: Sequence[int]) -> Sequence[int]:
+    """What was generated before the first end token; padding follows that."""
+    return ids[: next((at for at, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def end_tokens(generation_config: Any, tokenizer: Any) -> list[int]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from tuneline.evaluate.final_answer import FinalAnswer
 from tuneline.evaluate.forgetting import TextSet
 from tuneline.evaluate.generate import Generated, generate_answers
 from tuneline.evaluate.likelihood import negative_log_likelihoods
@@ -40,13 +41,13 @@ class Measured:
 def measure(
     name: str,
     model: nn.Module,
-    tokenizer: Any,
     rows: Sequence[EvalRow],
     tokens: Sequence[int],
     text_sets: Sequence[TextSet],
     metrics: Sequence[Metric],
     evaluation: EvaluationSection,
     max_new_tokens: int,
+    final: FinalAnswer,
     tasks: Sequence[LoadedTask] = (),
     task_tokenizer: Any = None,
     generated: Sequence[Generated] | None = None,
@@ -56,20 +57,20 @@ def measure(
     Args:
         name: `base`, `tuned` or `champion`.
         model: on its device.
-        tokenizer: of the model; its template rendered the rows.
         rows: the evaluation set.
         tokens: supervised tokens of each row.
         text_sets: general text.
         metrics: to score with.
         evaluation: batch size and the like.
         max_new_tokens: longest answer.
+        final: what of the tokens is the answer.
         tasks: of lm-eval.
         task_tokenizer: for them; one that adds what plain text starts with.
         generated: answers to all prompts, in order, where another engine gave them.
 
     Raises:
         ModelError: a likelihood is not finite.
-        DataError: a package's metric or a task failed, or a prompt is too long.
+        DataError: a package's metric or a task failed.
     """
     scores: dict[str, list[float | None]] = {}
     if any(metric.kind == "tokens" for metric in metrics):
@@ -94,7 +95,7 @@ def measure(
     }
     answers = None
     if any(metric.kind == "answer" for metric in metrics):
-        answers = _answers(name, model, tokenizer, rows, evaluation, max_new_tokens, generated)
+        answers = _answers(name, model, rows, evaluation, max_new_tokens, final, generated)
         scores |= score_answers(metrics, rows, [a.text if a else None for a in answers])
     of_tasks = run_tasks(name, model, task_tokenizer, tasks, evaluation, _pace)
     return Measured(scores, answers, general, of_tasks)
@@ -103,22 +104,24 @@ def measure(
 def _answers(
     name: str,
     model: nn.Module,
-    tokenizer: Any,
     rows: Sequence[EvalRow],
     evaluation: EvaluationSection,
     max_new_tokens: int,
+    final: FinalAnswer,
     generated: Sequence[Generated] | None,
 ) -> list[Generated | None]:
     asked = {position: row.prompt for position, row in enumerate(rows) if row.prompt is not None}
     if generated is None:
         generated = generate_answers(
             model,
-            tokenizer,
+            final.tokenizer,
             list(asked.values()),
             batch_size=evaluation.batch_size,
             batch_tokens=evaluation.batch_tokens,
             max_new_tokens=max_new_tokens,
             on_batch=_pace(f"{name}:", "answers"),
+            read=final.of_ids,
+            cut_prompts=True,
         )
     answers: list[Generated | None] = [None] * len(rows)
     for position, answer in zip(asked, generated, strict=True):
@@ -148,7 +151,7 @@ def score_answers(
 
 def longest_answer(tokenizer: Any, rows: Sequence[EvalRow]) -> int:
     """A limit for answers in tokens: the longest reference plus a quarter, and an end token."""
-    references = [row.reference for row in rows if row.prompt is not None]
+    references = [row.rendered_reference for row in rows if row.prompt is not None]
     encoded: Mapping[str, Any] = tokenizer(references or [""], add_special_tokens=False)
     return math.ceil(1.25 * max(map(len, encoded["input_ids"]))) + 1
 

@@ -15,8 +15,8 @@ from typing import Any, Final
 from tuneline.evaluate.compare import BASE, CHAMPION, TUNED
 
 _WIDTH, _HEIGHT = 960, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 120, 16, 42
-_STRIP, _LANE, _MARGIN = 240, 15, 8
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 150, 16, 42
+_STRIP, _LANE, _MARGIN = 180, 15, 8
 """Of the small plots in tables: width, height of a model's lane, room at both ends."""
 _MOST_SLICE_ROWS: Final = 60
 _MOST_CHECKS: Final = 40
@@ -89,6 +89,7 @@ def _row(name: str, block: Mapping[str, Any], models: Sequence[str]) -> dict[str
         "unit": block["unit"],
         "better": "higher" if block["higher_is_better"] else "lower",
         "rows": block["rows"],
+        "excluded": block["rows_excluded"],
         "scores": {m: _number(block[m]["score"], highest) for m in models},
         "intervals": {m: _range(block[m]["interval"], highest) for m in models},
         "gains": [
@@ -167,8 +168,10 @@ def _slices(result: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
         for part in parts[:left]:
             block = part["metrics"][metric]
             row = _row(metric, block, models)
-            floor = floors.get(f"{column}={part['value']}", floors.get(column))
-            row["value"] = _cut(part["value"], 80)
+            floor = floors.get(column)
+            if part["value"] is not None:
+                floor = floors.get(f"{column}={part['value']}", floor)
+            row["value"] = None if part["value"] is None else _cut(part["value"], 80)
             row["of_slice"] = part["rows"]
             if floor is not None and row["dots"]:
                 low, high = _scale(block, models)
@@ -177,7 +180,8 @@ def _slices(result: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
             shown.append(row)
         hidden += len(parts) - len(shown)
         left -= len(shown)
-        columns.append({"column": _cut(column, 80), "rows": shown})
+        without = result["verdict"]["rows_without_floor"].get(column, 0)
+        columns.append({"column": _cut(column, 80), "rows": shown, "without_floor": without})
     return {"columns": columns, "hidden": hidden}
 
 

@@ -27,6 +27,8 @@ class EvalRow:
     input_ids: Sequence[int]
     supervised: Sequence[int]
     """1 where a token is to be predicted, as long as `input_ids`."""
+    final: str | None = None
+    """The reference without what the template adds to it, where that was found out."""
 
     @property
     def prompt(self) -> str | None:
@@ -34,9 +36,14 @@ class EvalRow:
         return self.fields.get("prompt")
 
     @property
-    def reference(self) -> str:
-        """The answer that is wanted."""
+    def rendered_reference(self) -> str:
+        """The answer that is wanted, with all that the template has the model write."""
         return self.fields.get("reference") or ""
+
+    @property
+    def reference(self) -> str:
+        """The answer that is wanted, as generated ones are compared with it."""
+        return self.rendered_reference if self.final is None else self.final
 
     @property
     def question(self) -> str:
@@ -88,24 +95,31 @@ def read_test_rows(dataset: Artifact, max_rows: int) -> list[EvalRow]:
 
 def digest_of_rows(rows: Sequence[EvalRow]) -> str:
     """The identity of the evaluation set: what is asked and what is wanted, whatever the base."""
-    if all(row.prompt is None for row in rows):
-        return digest_of([list(row.input_ids) for row in rows])
-    return digest_of([[row.prompt, row.reference] for row in rows])
+    return digest_of(
+        [
+            list(row.input_ids) if row.prompt is None else [row.prompt, row.rendered_reference]
+            for row in rows
+        ]
+    )
 
 
-def slices_of(rows: Sequence[EvalRow], columns: Sequence[str]) -> dict[str, dict[str, list[int]]]:
+def slices_of(
+    rows: Sequence[EvalRow], columns: Sequence[str]
+) -> dict[str, dict[str | None, list[int]]]:
     """For each column its values, each with the positions of its rows in `rows`.
+
+    Rows without the column are the last slice, with None for a value.
 
     Raises:
         DataError: no row has the column, or it has too many values to be a slice.
     """
-    found: dict[str, dict[str, list[int]]] = {}
+    found: dict[str, dict[str | None, list[int]]] = {}
     for column in columns:
         groups: dict[str, list[int]] = {}
+        outside: list[int] = []
         for position, row in enumerate(rows):
             value = row.column(column)
-            if value is not None:
-                groups.setdefault(value, []).append(position)
+            (outside if value is None else groups.setdefault(value, [])).append(position)
         if not groups:
             known = sorted({name for row in rows for name in row.fields.get("columns") or {}})
             raise DataError(
@@ -117,5 +131,5 @@ def slices_of(rows: Sequence[EvalRow], columns: Sequence[str]) -> dict[str, dict
                 f"evaluation.slices: column '{column}' has {len(groups)} values in {len(rows)} "
                 f"test rows; at most {_MOST_SLICES} can be told apart: name a column with fewer"
             )
-        found[column] = dict(sorted(groups.items()))
+        found[column] = {**dict(sorted(groups.items())), **({None: outside} if outside else {})}
     return found

@@ -438,6 +438,8 @@ def _without_intervals(
         "highest": None,
         "higher_is_better": higher,
         "rows": 0,
+        "rows_excluded": 0,
+        "excluded": [],
     }
     nothing = [None, None]
     for model, values in found.items():

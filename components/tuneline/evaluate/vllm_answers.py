@@ -1,8 +1,8 @@
-"""Answers by vLLM in place of transformers, where the recipe asks for it and it can be had.
+"""Answers by vLLM in place of transformers, where it can be had.
 
 It serves plain causal models and plain LoRA adapters, and its differences from transformers are of
-the size that other kernels make: enough to turn a token. So it is never chosen by itself, and in
-one evaluation it answers for all models or for none. It works in a process of its own, whose end
+the size that other kernels make: enough to turn a token. So in one evaluation it answers for all
+models or for none, and the report says which. It works in a process of its own, whose end
 gives the accelerator's memory back.
 """
 
@@ -21,12 +21,15 @@ from tuneline.artifacts import Artifact
 from tuneline.base_model import BaseModel
 from tuneline.errors import ModelError, RecipeError
 from tuneline.evaluate.compare import BASE, CHAMPION, TUNED
-from tuneline.evaluate.generate import Generated, check_room, end_tokens
+from tuneline.evaluate.final_answer import FinalAnswer
+from tuneline.evaluate.generate import Generated, end_tokens, fitted, until_end
 from tuneline.progress import report
 
 _ADAPTER_CONFIG: Final = "adapter_config.json"  # peft's
 _LORA_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM reserves memory for; an adapter's rank is rounded up to one of them."""
+_LEAST_CAPABILITY: Final = (7, 0)
+"""Of a CUDA device, by vLLM's installation guide."""
 
 
 def faults_of_engine(engine: str) -> list[str]:
@@ -39,21 +42,35 @@ def faults_of_engine(engine: str) -> list[str]:
     ]
 
 
-def check_engine(engine: str) -> None:
-    """Refuse vLLM where it can't run.
+def chosen_engine(engine: str) -> str:
+    """The engine that `evaluation.engine` comes to on this machine.
 
     Raises:
-        RecipeError: it is asked for, and it or an accelerator is missing.
+        RecipeError: vLLM is asked for, and it or an accelerator that it runs on is missing.
     """
     import torch
 
-    faults = faults_of_engine(engine)
-    if engine == "vllm" and not torch.cuda.is_available():
+    if engine == "transformers":
+        return engine
+    faults = faults_of_engine("vllm")
+    if not torch.cuda.is_available():
         faults.append(
             "evaluation.engine: vllm needs an accelerator, and none is here: use transformers"
         )
-    if faults:
+    elif (capability := torch.cuda.get_device_capability()) < _LEAST_CAPABILITY:
+        faults.append(
+            f"evaluation.engine: vllm needs compute capability {_dotted(_LEAST_CAPABILITY)}, and "
+            f"this accelerator has {_dotted(capability)}: use transformers"
+        )
+    if not faults:
+        return "vllm"
+    if engine == "vllm":
         raise RecipeError("evaluation", faults)
+    return "transformers"
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def hindrance(
@@ -109,7 +126,7 @@ def served_by_vllm(
     base: BaseModel,
     adapter: Artifact | None,
     champion: Artifact | None,
-    tokenizer: Any,
+    final: FinalAnswer,
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
@@ -121,13 +138,12 @@ def served_by_vllm(
         base: the base.
         adapter: of kind `adapter`.
         champion: merged, or None.
-        tokenizer: of the base.
+        final: what of the tokens is the answer.
         prompts: rendered by the chat template, special tokens included.
         max_new_tokens: longest answer.
         measured_before: whether the base's answers are there already.
 
     Raises:
-        DataError: a prompt leaves no room for an answer in the model's context.
         ModelError: vLLM failed.
     """
     why = hindrance(base, adapter, champion, measured_before=measured_before)
@@ -142,23 +158,24 @@ def served_by_vllm(
         wanted = [([BASE], Served(str(base.path))), ([TUNED], Served(str(adapter.path)))]
     if champion is not None:
         wanted.append(([CHAMPION], Served(str(champion.path))))
-    asked = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    asked = final.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     answers: dict[str, list[Generated]] = {}
     for names, served in wanted:
         report(f"answers of {' and '.join(names)} by vLLM")
-        answers |= zip(names, _in_a_process(served, asked, tokenizer, max_new_tokens), strict=True)
+        answers |= zip(names, _in_a_process(served, asked, final, max_new_tokens), strict=True)
     return answers
 
 
 def _in_a_process(
-    served: Served, asked: list[list[int]], tokenizer: Any, max_new_tokens: int
+    served: Served, whole: list[list[int]], final: FinalAnswer, max_new_tokens: int
 ) -> list[list[Generated]]:
     from transformers import AutoConfig, GenerationConfig
 
     config = AutoConfig.from_pretrained(served.path)
     context = getattr(config, "max_position_embeddings", None)
+    bos = final.tokenizer.bos_token_id
+    asked = [fitted(ids, context, max_new_tokens, bos) for ids in whole]
     lengths = [len(ids) for ids in asked]
-    check_room(lengths, context)
     try:
         generation = GenerationConfig.from_pretrained(served.path)
     except OSError:  # without a file of its own
@@ -172,7 +189,7 @@ def _in_a_process(
     sampling = {
         "temperature": 0.0,
         "repetition_penalty": generation.repetition_penalty or 1.0,
-        "stop_token_ids": end_tokens(generation, tokenizer),
+        "stop_token_ids": (ends := end_tokens(generation, final.tokenizer)),
     }
     rooms = [
         max_new_tokens if context is None else min(max_new_tokens, context - n) for n in lengths
@@ -187,14 +204,14 @@ def _in_a_process(
             "vLLM's process ended without an answer, mostly for lack of memory: use "
             "evaluation.engine: transformers"
         ) from error
-    except (RuntimeError, ValueError, ImportError, OSError) as error:
+    except Exception as error:  # whatever its process raises, of any of its versions
         raise ModelError(
             f"vLLM failed ({type(error).__name__}: {error}): use evaluation.engine: transformers"
         ) from error
     return [
         [
-            Generated(tokenizer.decode(ids, skip_special_tokens=True), ended)
-            for ids, ended in of_model
+            Generated(final.of_ids(until_end(ids, ends)), ended, len(cut) < len(of_row))
+            for (ids, ended), cut, of_row in zip(of_model, asked, whole, strict=True)
         ]
         for of_model in found
     ]

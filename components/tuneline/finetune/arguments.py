@@ -14,14 +14,16 @@ from transformers.utils.import_utils import is_flash_attn_2_available, is_liger_
 
 from tuneline.errors import TrainingError
 from tuneline.finetune.batching import Layout
+from tuneline.finetune.frozen import has_bf16_units, round_frozen
 from tuneline.finetune.load import compute_dtype
 from tuneline.finetune.methods import Method
+from tuneline.finetune.methods.structure import output_layer
 from tuneline.progress import report
 from tuneline.recipe import TrainingSection, check_sharding
 
 _LAST_FRACTION: Final = 0.1
 """Of the steps for the decay of `warmup_stable_decay`, and of the peak for the least learning rate
-of `cosine_with_min_lr`."""
+of `cosine_with_min_lr` and `cosine_warmup_with_min_lr`."""
 
 
 def training_arguments(
@@ -119,7 +121,10 @@ def has_flash_attention() -> bool:
 
 
 def use_kernels(model: Any, training: TrainingSection) -> Layout:
-    """Give the model flash attention where there is one; returns how batches are laid out.
+    """Give the model what the hardware runs best; returns how batches are laid out.
+
+    Flash attention where there is one, and bf16 products with frozen weights on a CPU with units
+    for them.
 
     Packed rows need no mask with it. Elsewhere the block-diagonal mask makes every row pay for the
     whole pack's attention, and rows of like length win.
@@ -135,6 +140,13 @@ def use_kernels(model: Any, training: TrainingSection) -> Layout:
     )
     if flash:
         model.set_attn_implementation("flash_attention_2")
+    if training.precision == "auto" and not torch.cuda.is_available() and has_bf16_units():
+        layers = round_frozen(model, output_layer(model))
+        if layers:
+            report(
+                f"{layers} frozen layers in bf16, all else in fp32 (training.precision: fp32 "
+                "leaves them in fp32)"
+            )
     if training.batching == "grouped" or (training.batching == "auto" and not flash):
         return "grouped"
     if packed_rows_are_apart(model, training_dtype(training)):
@@ -186,12 +198,15 @@ def _schedule(training: TrainingSection, steps: int) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if name == "constant" and warmup_steps:
         name = "constant_with_warmup"
-    elif name == "cosine_with_min_lr":
+    elif name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
         options = {"min_lr_rate": _LAST_FRACTION}
     elif name == "warmup_stable_decay":
         options = {"num_decay_steps": math.ceil(_LAST_FRACTION * steps)}
+    elif name == "reduce_lr_on_plateau":
+        options = {"factor": 0.5, "patience": 1}
     return {
         "lr_scheduler_type": name,
         "lr_scheduler_kwargs": options,
         "warmup_steps": warmup_steps,
+        "metric_for_best_model": "eval_loss" if name == "reduce_lr_on_plateau" else None,
     }

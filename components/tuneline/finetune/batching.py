@@ -121,6 +121,7 @@ def _labels(row: dict[str, Any], ids: Tensor) -> Tensor:
     if row["row"] < 0:
         return torch.full_like(ids, IGNORE_INDEX)
     supervised = torch.tensor(row["supervised"], dtype=torch.bool)
+    supervised[0] = False  # nothing in front of it may predict it
     return ids.masked_fill(~supervised, IGNORE_INDEX)
 
 
@@ -129,7 +130,7 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tens
 
     Returns:
         `input_ids`, `attention_mask`, `labels`, each (B, T) int64, and `rows` (B,): where in the
-        split each one is.
+        split each one is. A row's first label is ignored: nothing in front of it may predict it.
     """
     shape = (len(rows), max(len(row["input_ids"]) for row in rows))
     input_ids = torch.full(shape, pad_token_id)
@@ -157,12 +158,10 @@ def pack(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 
     Returns:
         `input_ids`, `position_ids`, `labels`, each (1, T) int64, and `rows` (B,). A row's first
-        label is ignored: nothing in front of it may predict it.
+        label is ignored.
     """
     ids = [torch.tensor(row["input_ids"]) for row in rows]
     labels = [_labels(row, tokens) for row, tokens in zip(rows, ids, strict=True)]
-    for label in labels:
-        label[0] = IGNORE_INDEX
     return {
         "input_ids": torch.cat(ids).unsqueeze(0),
         "position_ids": torch.cat([torch.arange(len(tokens)) for tokens in ids]).unsqueeze(0),

@@ -16,7 +16,9 @@ then sent (`checkpoint_store`); a run goes on from the newest of both.
 The folder of a run comes from its content key: the digest of everything that decides what is
 computed (data, resolved settings, base model, image, number of processes). A retried pod, and the
 same command given again, find it without being told; another recipe never does. Its lock belongs
-to one living process; a second one that computes the same works in a folder of its own.
+to one living process; a second one that computes the same waits for it (the lock of a lost node
+outlives it on a shared volume), then works in a folder of its own, from the newest checkpoint of
+them all.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -59,6 +61,10 @@ WEIGHTS: Final = "model.safetensors"
 FORMAT_VERSION: Final = 1
 _NAME: Final = re.compile(r"step-(\d{8})")
 _LOCK: Final = "lock"
+_PARTIAL: Final = ".partial"
+_REPLACED: Final = ".replaced.partial"
+LOCK_PATIENCE_SECONDS: Final = 120.0
+"""A lost node's lock is given up by an NFS server after its lease, 90 s as a rule."""
 _KEY_LENGTH: Final = 32
 
 
@@ -137,6 +143,7 @@ class Checkpoints:
         own: take the lock and clean up; False for the other processes of the same run, which only
             read.
         store: where they are sent to and come from, or None.
+        patience_seconds: how long to wait for the lock of another process.
 
     Attributes:
         unsent: why the newest one is on this disk only, empty where it is not or need not be
@@ -153,13 +160,17 @@ class Checkpoints:
         limit: int,
         own: bool = True,
         store: CheckpointStore | None = None,
+        patience_seconds: float = LOCK_PATIENCE_SECONDS,
     ) -> None:
         self.folder = folder
+        self._key = folder.name
         self.unsent = ""
         self._limit = limit
         self._store = store
         self._damaged: set[str] = set()
         """Names on disk and in the store of those that were skipped."""
+        self._sound: dict[int, dict[str, Any]] = {}
+        """Step -> notes of those on disk that this process wrote or verified."""
         self._lock: int | None = None
         self._brought: list[Path] = []
         if not own:
@@ -167,15 +178,30 @@ class Checkpoints:
         for number in itertools.count(1):
             self.folder = folder if number == 1 else folder.with_name(f"{folder.name}.{number}")
             with _stated(f"checkpoints can't be kept in {self.folder}"):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                if self._take_lock():
+                if self._take_lock(patience_seconds if number == 1 else 0):
                     break
             report(f"warning: another process trains the same in {self.folder}")
-        for aside in self.folder.glob("*.partial"):
-            shutil.rmtree(aside, ignore_errors=True)
+        self._tidy()
 
-    def _take_lock(self) -> bool:
-        lock = os.open(self.folder / _LOCK, os.O_WRONLY | os.O_CREAT, 0o644)
+    def _take_lock(self, patience_seconds: float) -> bool:
+        deadline = time.monotonic() + patience_seconds
+        waits = False
+        while not self._try_lock():
+            if time.monotonic() >= deadline:
+                return False
+            if not waits:
+                report(
+                    f"another process holds {self.folder}: waiting up to {patience_seconds:.0f} s "
+                    "for it to end, then training goes on beside it"
+                )
+                waits = True
+            time.sleep(0.5)
+        return True
+
+    def _try_lock(self) -> bool:
+        path = self.folder / _LOCK
+        self.folder.mkdir(parents=True, exist_ok=True)  # one that ended well removes it
+        lock = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -183,8 +209,25 @@ class Checkpoints:
             return False
         except OSError:  # a file system without locks: as good as before there were any
             pass
+        if not path.exists() or not os.path.samestat(os.fstat(lock), path.stat()):
+            os.close(lock)
+            return False
         self._lock = lock
         return True
+
+    def _tidy(self) -> None:
+        """Take what a kill left between two renames, and remove what it left half."""
+        asides = [*self.folder.glob(f"*{_PARTIAL}")]
+        # what was to come in place of another before what it was to replace
+        for aside in sorted(asides, key=lambda path: path.name.endswith(_REPLACED)):
+            name = aside.name.removesuffix(_REPLACED).removesuffix(_PARTIAL)
+            path = self.folder / name
+            if _NAME.fullmatch(name) and not path.exists() and (aside / MARKER).is_file():
+                with suppress(*_DAMAGE):
+                    _load(aside)
+                    aside.rename(path)
+                    continue
+            shutil.rmtree(aside, ignore_errors=True)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -210,9 +253,14 @@ class Checkpoints:
             StorageError: the object store can't be reached: what it holds would be done anew.
         """
         stored = self._stored()
-        steps = {step_of(path.name) for path in self._paths()} | {one.step for one in stored}
-        for step in sorted(steps, reverse=True):
-            found = self._on_disk(step) or self._from_store(step, stored)
+        beside = self._beside()
+        here = {step_of(path.name) for path in self._paths()}
+        for step in sorted(here | beside.keys() | {one.step for one in stored}, reverse=True):
+            found = (
+                self._on_disk(step)
+                or self._from_beside(step, beside.get(step, []))
+                or self._from_store(step, stored)
+            )
             if found is None:
                 continue
             if self._store is not None:  # of an earlier process that couldn't send it
@@ -259,6 +307,42 @@ class Checkpoints:
             )
         return mine
 
+    def _beside(self) -> dict[int, list[Path]]:
+        """Step -> of other processes that compute, or computed, the same."""
+        beside: dict[int, list[Path]] = {}
+        for folder in self._siblings():
+            for path in folder.glob("step-*"):
+                if _NAME.fullmatch(path.name):
+                    beside.setdefault(step_of(path.name), []).append(path)
+        return beside
+
+    def _siblings(self) -> list[Path]:
+        name = re.compile(rf"{re.escape(self._key)}(\.\d+)?")
+        return [
+            folder
+            for folder in sorted(self.folder.parent.glob(f"{self._key}*"))
+            if name.fullmatch(folder.name) and folder != self.folder
+        ]
+
+    def _from_beside(self, step: int, paths: list[Path]) -> Checkpoint | None:
+        path = self.folder / _name(step)
+        aside = path.with_name(path.name + _PARTIAL)
+        for other in paths:
+            with _stated(f"checkpoint {other} can't be brought to {path}"):
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+                try:
+                    for file in other.iterdir():
+                        _link(file, aside / file.name)
+                except FileNotFoundError:  # its owner has just removed it
+                    continue
+                if _load_or_warn(aside, str(other)) is None:
+                    continue
+                _flush(aside)
+                self._put_in_place(aside, path)
+            return self._on_disk(step)
+        return None
+
     def _stored(self) -> list[StoredCheckpoint]:
         if self._store is None:
             return []
@@ -271,6 +355,9 @@ class Checkpoints:
         found = _load_or_warn(path, str(path))
         if found is None:
             self._damaged.add(path.name)
+            self._sound.pop(step, None)
+        else:
+            self._sound[step] = found.notes
         return found
 
     def _from_store(self, step: int, stored: list[StoredCheckpoint]) -> Checkpoint | None:
@@ -283,7 +370,7 @@ class Checkpoints:
     def _fetched(self, stored: StoredCheckpoint, path: Path) -> Checkpoint | None:
         assert self._store is not None
         place = f"{self._store.url}/{stored.name}"
-        aside = path.with_name(path.name + ".partial")
+        aside = path.with_name(path.name + _PARTIAL)
         report(f"fetching checkpoint {place}, {sum(stored.files.values()) / 1e9:.2f} GB")
         try:
             # a full disk is no damage: an older one would cost the work since
@@ -294,7 +381,7 @@ class Checkpoints:
                 if found is not None:
                     shutil.rmtree(path, ignore_errors=True)
                     aside.rename(path)
-                    _flush_folder(self.folder)
+                    _flush(self.folder)
                     self._damaged.discard(path.name)
                     return replace(found, path=path)
         except ValueError as error:
@@ -323,21 +410,9 @@ class Checkpoints:
                 are as they were.
         """
         path = self.folder / _name(step)
-        aside = path.with_name(path.name + ".partial")
-        try:
-            with _stated(f"checkpoint {path} can't be written", self._standing):
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True)
-                fill(aside)
-                _mark_complete(aside, step, notes)
-                if path.exists():  # a damaged one of the same step, or the same again
-                    shutil.rmtree(path)
-                aside.rename(path)
-                _flush_folder(self.folder)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
-        self._damaged.discard(path.name)
+        if self._sound.get(step) != notes or not path.exists():
+            self._write(path, step, notes, fill)
+            self._sound[step] = dict(notes)
         self._rotate(best)
         if self._store is not None:
             try:
@@ -349,6 +424,37 @@ class Checkpoints:
                     f"warning: checkpoint {path} is on this disk only and is sent with the next "
                     f"one: {error}"
                 )
+
+    def _write(
+        self, path: Path, step: int, notes: Mapping[str, Any], fill: Callable[[Path], None]
+    ) -> None:
+        aside = path.with_name(path.name + _PARTIAL)
+        try:
+            with _stated(f"checkpoint {path} can't be written", self.standing):
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+                fill(aside)
+                _mark_complete(aside, step, notes)
+                self._put_in_place(aside, path)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        self._damaged.discard(path.name)
+
+    def _put_in_place(self, aside: Path, path: Path) -> None:
+        """Where there is one of the same step, a complete one is on disk at any moment."""
+        replaced = path.with_name(path.name + _REPLACED)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if path.exists():
+            path.rename(replaced)
+        try:
+            aside.rename(path)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(path)
+            raise
+        _flush(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def _send(self, store: CheckpointStore, written: int, best: int | None) -> None:
         stored = store.found()
@@ -370,9 +476,12 @@ class Checkpoints:
         # a half one of a later step may be on its way from another process
         store.remove([o for o in stored if o.name not in names and o.step <= written])
 
-    def _standing(self) -> str:
+    def standing(self) -> str:
+        """What there is to go on from, as part of a sentence."""
         paths = self._paths()
-        return f"the last complete one is {paths[-1].name}" if paths else "there is none yet"
+        if paths:
+            return f"the last complete one is {paths[-1].name}"
+        return f"the last one is in {self._store.url}, if any" if self._store else "there is none"
 
     def _rotate(self, best: int | None) -> None:
         paths = self._paths()
@@ -383,18 +492,21 @@ class Checkpoints:
         for path in paths:
             if path.name not in kept:
                 # first no longer a checkpoint, then gone: a kill in between leaves no half one
-                doomed = path.with_name(path.name + ".partial")
+                doomed = path.with_name(path.name + _PARTIAL)
                 path.rename(doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
 
     def discard(self) -> None:
-        """Remove all of them: the run has its result."""
+        """Remove all of them, also what ended processes left beside: the run has its result."""
         if self._store is not None:
             try:
                 self._store.clear()
             except StorageError as error:
                 report(f"warning: the checkpoints in {self._store.url} are left there: {error}")
         shutil.rmtree(self.folder, ignore_errors=True)
+        for folder in self._siblings():
+            with suppress(OSError), _locked(folder):
+                shutil.rmtree(folder, ignore_errors=True)
         root = self.folder.parent
         # the root beside an output is ours alone; one that was named, a mount perhaps, stays
         if ROOT_VARIABLE not in os.environ and root.is_dir() and not any(root.iterdir()):
@@ -425,19 +537,39 @@ def _stated(what: str, standing: Callable[[], str] | None = None) -> Iterator[No
 def _mark_complete(folder: Path, step: int, notes: Mapping[str, Any]) -> None:
     files = {}
     for path in sorted(folder.iterdir()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        _flush(path)
         files[path.name] = asdict(FileEntry(path.stat().st_size, digest_of_file(path)))
     marker = {"format_version": FORMAT_VERSION, "step": step, "notes": notes, "files": files}
     with (folder / MARKER).open("w", encoding="utf-8") as file:
         json.dump(marker, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
-    _flush_folder(folder)
+    _flush(folder)
 
 
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = os.open(folder / _LOCK, os.O_WRONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _link(file: Path, target: Path) -> None:
+    """As if copied: a file of a checkpoint never changes."""
+    try:
+        os.link(file, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without hard links
+        shutil.copyfile(file, target)
+        _flush(target)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -447,9 +579,13 @@ def _flush_folder(folder: Path) -> None:
 def _load_or_warn(path: Path, place: str) -> Checkpoint | None:
     try:
         return _load(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except _DAMAGE as error:
         report(f"warning: checkpoint {place} is skipped: {error}")
         return None
+
+
+_DAMAGE: Final = (OSError, ValueError, KeyError, TypeError, AttributeError)
+"""What reading a damaged checkpoint can raise."""
 
 
 def _load(path: Path) -> Checkpoint:

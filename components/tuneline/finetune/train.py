@@ -6,7 +6,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -68,7 +69,10 @@ def finetune(
         artifacts.writing(output) as aside,
         checkpoints_of(identity, output, limit=training.save_total_limit) as checkpoints,
     ):
-        history = _train(base, dataset, method, method_config, training, aside, step, checkpoints)
+        with _saying_where_it_goes_on(checkpoints):
+            history = _train(
+                base, dataset, method, method_config, training, aside, step, checkpoints
+            )
         with (aside / HISTORY).open("w", encoding="utf-8") as file:
             for entry in history:
                 # sorted, as a resumed run's come back: the same run is the same artifact
@@ -87,6 +91,19 @@ def finetune(
     if not training.keep_checkpoints:
         checkpoints.discard()
     return adapter
+
+
+@contextmanager
+def _saying_where_it_goes_on(checkpoints: Checkpoints) -> Iterator[None]:
+    """SIGTERM outside of the loop, while loading or saving: what there is, is of earlier."""
+    try:
+        yield
+    except Terminated as stopped:
+        if str(stopped):
+            raise
+        raise Terminated(
+            f"of its checkpoints {checkpoints.standing()}: run it again to go on"
+        ) from stopped
 
 
 def accompany(
@@ -142,9 +159,11 @@ def _train(
     )
     from tuneline.finetune.batching import batches_of
     from tuneline.finetune.checkpoint import Schedule, trainable
+    from tuneline.finetune.memory import loading
     from tuneline.finetune.sharding import whole
     from tuneline.finetune.trainer import ProgressCallback, SupervisedTrainer
 
+    _check_validation(dataset, training)
     if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
         raise TrainingError(
             f"{torch.cuda.device_count()} GPUs are visible to one process: set "
@@ -156,7 +175,10 @@ def _train(
     rank, world_size = ranks()
     sharded = shards(training, method, processes=world_size)
     set_seed(training.seed)
-    model, count, all_parameters = attach(base, method, method_config, precision=training.precision)
+    with loading(base.path):
+        model, count, all_parameters = attach(
+            base, method, method_config, precision=training.precision
+        )
     layout = use_kernels(model, training)
     report(
         f"{method.name}: {count:,} trainable of {all_parameters:,} parameters "
@@ -216,16 +238,28 @@ def _train(
         trainer.add_callback(ProgressCallback(step, trainer))
         trainer.run()
     if trainer.any_rank(termination.requested):  # after the last look at it
-        raise Terminated(
-            "training had ended and its result was not written: run it again to go on from the "
-            "last checkpoint"
-        )
+        raise Terminated
     weights = whole(trainable(model), keep=rank == 0) if sharded else None
     if rank == 0:
         if weights is not None:
             model = _with_weights(base, method, method_config, weights)
         _save(model, method, base, output)
     return trainer.state.log_history
+
+
+def _check_validation(dataset: Artifact, training: TrainingSection) -> None:
+    if dataset.read_json("contract.json")["splits"]["validation"]["rows"]:
+        return
+    if training.load_best:
+        what, instead = "load_best", "load_best: false and leave early_stopping_patience unset"
+    elif training.schedule == "reduce_lr_on_plateau":
+        what, instead = f"schedule {training.schedule}", "another schedule"
+    else:
+        return
+    raise TrainingError(
+        f"training.{what} needs validation rows, and the data set has none: raise "
+        f"data.validation_fraction and prepare the data again, or set {instead}"
+    )
 
 
 def attach(

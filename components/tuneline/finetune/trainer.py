@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from tuneline.errors import Terminated, TrainingError
+from tuneline.finetune import memory
 from tuneline.finetune.checkpoint import (
     Checkpoint,
     Checkpoints,
@@ -39,7 +40,7 @@ from tuneline.finetune.checkpoint import (
 )
 from tuneline.finetune.loss import held_out_nll, supervised_nll
 from tuneline.finetune.sharding import is_sharded, load_optimizer, settle, shard, whole
-from tuneline.progress import minutes, peak_memory_bytes, report, tick
+from tuneline.progress import minutes, report, tick
 from tuneline.termination import Termination
 from tuneline.tracking import Step
 
@@ -81,7 +82,7 @@ class SupervisedTrainer(Trainer):
         validation_loader: batches for the validation loss, or None.
         create_optimizer: makes the method's own optimizer from a class and its options, or None.
         checkpoints: where to keep them, or None to keep none.
-        schedule: when one is due, beside those that hold the best validation loss.
+        schedule: when one is due, beside those of each new lowest validation loss.
         termination: whether SIGTERM has arrived.
         load_best: end with the weights of the lowest validation loss.
         early_stopping_patience: evaluations without a lower one until training stops, or None.
@@ -125,6 +126,10 @@ class SupervisedTrainer(Trainer):
         self._grad_norm: float | Tensor | None = None
         self._evaluation_due = False
         self._next_counts: list[tuple[int, int, int]] = []
+        self._resumed_at: int | None = None
+        self._measured = memory.Measured()
+        self._longest_row = 0
+        self._evaluates = False
         self._micro_batch_started = 0.0
         self._micro_batch_seconds = 0.0
         self._grace_was_checked = False
@@ -143,6 +148,7 @@ class SupervisedTrainer(Trainer):
         found = self._newest()
         if found is not None:
             report(f"going on from {found.path}")
+            self._resumed_at = found.step
             self.figures = Figures(**found.notes["figures"])
             if not self.args.should_save:  # the sums are of all ranks
                 self.figures = replace(self.figures, nll=0.0, supervised=0)
@@ -153,6 +159,7 @@ class SupervisedTrainer(Trainer):
             self.state = TrainerState.load_from_json(str(found.path / "trainer_state.json"))
         else:
             with self._memory_errors():
+                self._measured = memory.Measured(start=memory.peak_bytes())
                 self.train(resume_from_checkpoint=str(found.path) if found else None)
         seconds, tokens = time.monotonic() - started, self.figures.tokens_seen - tokens
         tokens = int(self._summed(torch.tensor(tokens, device=self.args.device)))
@@ -161,7 +168,8 @@ class SupervisedTrainer(Trainer):
             f"{self.state.global_step} steps"
         )
         if self._validation_loader is not None and not self._evaluated_now():
-            self.evaluate()
+            with self._memory_errors():
+                self.evaluate()
         if self.any_rank(self._termination.requested):
             self._stop()
         if self._load_best:
@@ -192,9 +200,33 @@ class SupervisedTrainer(Trainer):
         torch.distributed.barrier()
         return found if brings else checkpoints.same(found, brings=False)
 
+    def _run_epoch(self, *given: Any, **options: Any) -> None:
+        """Nothing where training is over: transformers looks at that after a step only.
+
+        A resumed run can be past the last step inside of an epoch, or the evaluation that it begins
+        with can end it.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        if not self.control.should_training_stop:
+            super()._run_epoch(*given, **options)
+
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        """A schedule by validation loss steps also at the evaluation that a resumed run begins
+        with: it was due in the run before."""
+        del skip_scheduler
+        return super()._evaluate(trial, ignore_keys_for_eval)
+
     def _stop(self) -> None:
         if self._checkpoints is None:
             raise Terminated
+        if self._resumed_at == self.state.global_step:
+            # nothing was trained since, and this process need not have the random state of then
+            raise Terminated(
+                f"the checkpoint of step {self._resumed_at} is as it was: run it again to go on"
+            )
         self._moment = self._now()
         self._save_checkpoint(self.model, None)
         self._raise_terminated()
@@ -229,6 +261,15 @@ class SupervisedTrainer(Trainer):
             )
             for batch in batches
         ]
+        self._longest_row = max(
+            (
+                int(batch["position_ids"].max()) + 1
+                if "position_ids" in batch
+                else batch["input_ids"].shape[1]
+                for batch in batches
+            ),
+            default=0,
+        )
         return batches, supervised
 
     def compute_loss(
@@ -274,6 +315,7 @@ class SupervisedTrainer(Trainer):
         if self.any_rank(bad):
             self._refuse(losses, norm)
         self.figures.nll += math.fsum(losses)
+        self._measured.note(max(slots for _, slots, _ in self._next_counts))
         for tokens, slots, supervised in self._next_counts:
             self.figures.tokens_seen += tokens
             self.figures.slots_seen += slots
@@ -324,15 +366,23 @@ class SupervisedTrainer(Trainer):
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            if not full and "can't allocate memory" not in str(error):
+            if not memory.is_out_of_memory(error):
                 raise
-            slots = [slots for _, slots, _ in self._next_counts]
+            assert self.model is not None
+            step = self.state.global_step
             raise TrainingError(
-                f"out of memory at step {self.state.global_step + 1} with micro-batches of up to "
-                f"{max(slots, default=0)} tokens: lower training.batch_tokens and raise "
-                "training.gradient_accumulation_steps by the same factor (the result stays), or "
-                "set training.gradient_checkpointing: true"
+                memory.sentence(
+                    f"in the evaluation after step {step}"
+                    if self._evaluates
+                    else f"at step {step + 1}",
+                    self.model,
+                    tokens=max((slots for _, slots, _ in self._next_counts), default=0),
+                    longest_row=self._longest_row,
+                    element_bytes=2 if self.args.bf16 else 4,
+                    checkpointing=bool(self.args.activation_checkpointing),
+                    measured=self._measured,
+                    limit=memory.limit_bytes(),
+                )
             ) from error
 
     # ---- logging, evaluation
@@ -383,18 +433,20 @@ class SupervisedTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         self._evaluation_due = False
-        if self._best_step() == self.state.global_step and self._load_best:
+        if self._best_step() == self.state.global_step:
             self.control.should_save = True
         if self._out_of_patience():
             self.control.should_training_stop = True
         return metrics
 
     def _until_terminated(self, batches: Iterable[Any]) -> Iterator[Any]:
+        self._evaluates = True
         for batch in batches:
             if self.any_rank(self._termination.requested):
                 self._evaluation_due = True  # the resumed run begins with it
                 self._stop()
             yield batch
+        self._evaluates = False
 
     def _evaluations(self) -> list[tuple[float, int]]:
         return [
@@ -516,7 +568,7 @@ class SupervisedTrainer(Trainer):
                 self.state.global_step,
                 notes,
                 lambda folder: self._fill(folder, weights, optimizer_state, states),
-                self._best_step() if self._load_best else None,
+                self._best_step(),
             )
         # the others wait for the first one: what stops next must not end it while it writes
         seconds, self._checkpoints.unsent = self._from_rank_0(
@@ -574,18 +626,27 @@ class SupervisedTrainer(Trainer):
         self.lr_scheduler.load_state_dict(state)  # pyright: ignore[reportAttributeAccessIssue]  # DeepSpeed's has none
 
     def _take_best(self) -> None:
-        best = self._best_step()
+        ranked = [step for _, step in sorted(self._evaluations())]
         assert self._checkpoints is not None and self.model is not None
-        if best is None or best == self.state.global_step:
+        last = self.state.global_step
+        if not ranked or ranked[0] == last:
             return
-        found = self._of_rank_0(lambda checkpoints: checkpoints.find(best))
-        if found is None:
-            raise TrainingError(
-                f"the checkpoint of step {best}, which had the lowest validation loss, is lost "
-                f"from {self._checkpoints.folder}: run again, or set training.load_best: false"
+        # of those that were worse than the last weights none is of use
+        better = ranked[: ranked.index(last)] if last in ranked else ranked
+        found = self._of_rank_0(
+            lambda checkpoints: next(filter(None, map(checkpoints.find, better)), None)
+        )
+        if found is None or found.step != ranked[0]:
+            report(
+                f"warning: the checkpoint of step {ranked[0]}, which had the lowest validation "
+                f"loss, is lost from {self._checkpoints.folder}"
             )
+        if found is None:
+            report(f"warning: the last weights are taken, of step {last}")
+            return
         load_trainable(self.model, found.path)
-        report(f"took the weights of step {best}, which had the lowest validation loss")
+        what = "the lowest" if found.step == ranked[0] else "the lowest of those that are left"
+        report(f"took the weights of step {found.step}, which had {what} validation loss")
 
 
 def _rows_of(batch: dict[str, Tensor]) -> list[int]:
@@ -648,35 +709,62 @@ class ProgressCallback(TrainerCallback):
         self._last_tick = 0.0
         self._first_step = 0
         self._first_tokens = 0
+        self._last_tokens = 0
+        self._step_ended = 0.0
+        self._aside_seconds = 0.0
+        """Since the last line, for evaluation and checkpoints."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Start the clock."""
         del args, control
-        self._started = self._last_tick = time.monotonic()
+        self._started = self._last_tick = self._step_ended = time.monotonic()
         self._first_step = state.global_step
-        self._first_tokens = self._trainer.figures.tokens_seen
+        self._first_tokens = self._last_tokens = self._trainer.figures.tokens_seen
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """A sign of life between two logged figures of a slow run."""
-        del args, control
-        if time.monotonic() - self._last_tick > _SILENCE_SECONDS:
+        del args
+        self._step_ended = time.monotonic()
+        if self._step_ended - self._last_tick > _SILENCE_SECONDS and not control.should_log:
             self._tick(state, "")
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Evaluation is over: its time is not training's."""
+        del args, state, control
+        self._set_aside()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """As after an evaluation."""
+        del args, state, control
+        self._set_aside()
+
+    def _set_aside(self) -> None:
+        now = time.monotonic()
+        self._aside_seconds += now - self._step_ended
+        self._step_ended = now
 
     def _tick(self, state: TrainerState, figures: str) -> None:
         if not state.is_world_process_zero:
             return
-        self._last_tick = time.monotonic()
+        now, seen = time.monotonic(), self._trainer.figures.tokens_seen
+        seconds = max(now - self._last_tick - self._aside_seconds, 1e-9)
+        rate = (seen - self._last_tokens) * self._trainer.args.world_size / seconds
+        self._last_tick, self._last_tokens, self._aside_seconds = now, seen, 0.0
         elapsed = self._last_tick - self._started
         done = max(state.global_step - self._first_step, 1)
         left = elapsed / done * (state.max_steps - state.global_step)
         tick(
             f"step {state.global_step}/{state.max_steps}  {figures}"
-            f"{self._tokens_per_second(elapsed):.0f} tokens/s  padding {self._padding():.0%}  "
-            f"{device_peak_memory_bytes() / 1e9:.1f} GB  ETA {minutes(left)}"
+            f"{rate:.0f} tokens/s  padding {self._padding():.0%}  "
+            f"{memory.peak_bytes() / 1e9:.1f} GB  ETA {minutes(left)}"
         )
 
     def _tokens_per_second(self, elapsed: float) -> float:
@@ -721,14 +809,7 @@ class ProgressCallback(TrainerCallback):
                     "elapsed_seconds": elapsed,
                     "tokens_per_second": self._tokens_per_second(elapsed),
                     "padding_fraction": self._padding(),
-                    "peak_memory_bytes": device_peak_memory_bytes(),
+                    "peak_memory_bytes": float(memory.peak_bytes()),
                 },
                 state.global_step,
             )
-
-
-def device_peak_memory_bytes() -> float:
-    """The most that this process has held, of the accelerator's memory or else of the machine's."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated())
-    return float(peak_memory_bytes())

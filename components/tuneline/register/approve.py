@@ -23,7 +23,7 @@ def approve(model_name: str, version: int, *, by: str, reason: str) -> Entry:
     client = open_client()
     with mlflow_errors(f"approving {model_name} version {version}"):
         found = find_version(client, model_name, version)
-        if found.tags.get(tags.GATE) != "passed":
+        if found.tags.get(tags.GATE) != tags.PASSED:
             verdict = found.tags.get(tags.GATE_REASONS) or "it has no verdict"
             raise RegistryError(f"{label(found)} can't be approved: {verdict}")
         digests = (found.tags[tags.MODEL_DIGEST], found.tags[tags.REPORT_DIGEST])

@@ -132,8 +132,8 @@ def _listed(model: RegisteredModel, version: ModelVersion) -> Listed:
         tuple(sorted(names, key=lambda n: (order.index(n) if n in order else len(order), n))),
         told.get(f"{tags.TAG}method", ""),
         metric,
-        told.get(f"{tags.TAG}base_{metric}", ""),
-        told.get(f"{tags.TAG}tuned_{metric}", ""),
+        told.get(tags.of_score("base", metric), ""),
+        told.get(tags.of_score("tuned", metric), ""),
         told.get(tags.GATE, ""),
         _when(version.creation_timestamp),
     )

@@ -34,7 +34,6 @@ from tuneline.register.champion import (
     standing,
 )
 from tuneline.register.history import Entry, History
-from tuneline.register.tags import TAG
 from tuneline.register.verify import label, verify
 from tuneline.tracking import mlflow_errors, open_client
 
@@ -152,7 +151,7 @@ def refusal(client: MlflowClient, candidate: ModelVersion, now: Standing, reques
     gate = candidate.tags.get(tags.GATE)
     if gate == "refused":
         return candidate.tags.get(tags.GATE_REASONS, "its gate refused it")
-    if gate != "passed" or tags.MODEL_DIGEST not in candidate.tags:
+    if gate != tags.PASSED or tags.MODEL_DIGEST not in candidate.tags:
         raise RegistryError(
             f"{label(candidate)} has no verdict of a gate: register it with `tuneline register`"
         )
@@ -217,7 +216,7 @@ def _comparison(
 
 def _score(version: ModelVersion, metric: str) -> float:
     try:
-        return float(version.tags[f"{TAG}tuned_{metric}"])
+        return float(version.tags[tags.of_score("tuned", metric)])
     except (KeyError, ValueError) as error:
         raise RegistryError(
             f"{label(version)} has no score in '{metric}': evaluate the model again with it among "

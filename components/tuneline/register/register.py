@@ -94,7 +94,8 @@ def register(
         else:
             report(f"{model_name} version {number} is already of this work: nothing to register")
         _log_lineage(evaluation, step)
-        _set_challenger(client, model_name, number)
+        if described[tags.GATE] == tags.PASSED:
+            _set_challenger(client, model_name, number)
     return number
 
 
@@ -204,7 +205,8 @@ def _description(described: dict[str, str]) -> str:
         gate += f" ({described[tags.GATE_REASONS]})"
     return (
         f"{described[f'{TAG}method']} on {described[f'{TAG}base_model']}: {metric} "
-        f"{described[f'{TAG}base_{metric}']} -> {described[f'{TAG}tuned_{metric}']} on "
+        f"{described[tags.of_score('base', metric)]} -> "
+        f"{described[tags.of_score('tuned', metric)]} on "
         f"{described[f'{TAG}test_rows']} test rows, compared with "
         f"{described[tags.COMPARED_WITH]}. Gate: {gate}."
     )
@@ -218,7 +220,8 @@ def _log_lineage(evaluation: Artifact, step: Step) -> None:
 
 
 def _set_challenger(client: MlflowClient, model_name: str, number: int) -> None:
-    """Name the newest version; a late retry of an older run does not take the name back."""
+    """Name the newest version that passed its gate; a late retry of an older run does not take the
+    name back."""
     before = client.get_registered_model(model_name).aliases.get(CHALLENGER)
     if before is None or int(before) < number:
         client.set_registered_model_alias(model_name, CHALLENGER, str(number))

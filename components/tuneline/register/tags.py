@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from tuneline.artifacts import Artifact, digest_of
+from tuneline.tracking import mlflow_key
 
 TAG: Final = "tuneline."
 RUN_ID: Final = f"{TAG}run_id"
@@ -26,6 +27,7 @@ ADAPTER_DIGEST: Final = f"{TAG}adapter_digest"
 REPORT_DIGEST: Final = f"{TAG}report_digest"
 EVAL_SET_DIGEST: Final = f"{TAG}eval_set_digest"
 GATE: Final = f"{TAG}gate"
+PASSED: Final = "passed"
 GATE_REASONS: Final = f"{TAG}gate_reasons"
 METRIC: Final = f"{TAG}metric"
 HIGHER_IS_BETTER: Final = f"{TAG}higher_is_better"
@@ -35,6 +37,11 @@ CHAMPION_RULE: Final = f"{TAG}gate_champion"
 """The gate's setting `champion`: whether a comparison with the champion is needed at all."""
 _VALUE_LENGTH: Final = 5000
 """MySQL and PostgreSQL take more, MLflow before 3.0 did not."""
+
+
+def of_score(model: str, metric: str) -> str:
+    """The tag that holds the score of `base` or `tuned` in a metric of any name."""
+    return mlflow_key(f"{TAG}{model}_{metric}")
 
 
 def describe(model: Artifact, evaluation: Artifact) -> dict[str, str]:
@@ -60,14 +67,14 @@ def describe(model: Artifact, evaluation: Artifact) -> dict[str, str]:
         f"{TAG}method": model.manifest.config["method"]["name"],
         f"{TAG}form": model.manifest.kind.removesuffix("_model"),
         f"{TAG}tuneline_version": model.manifest.tuneline_version,
-        GATE: "passed" if result["verdict"]["passed"] else "refused",
+        GATE: PASSED if result["verdict"]["passed"] else "refused",
         GATE_REASONS: "; ".join(result["verdict"]["reasons"]),
         CHAMPION_RULE: result["verdict"]["champion"],
         METRIC: metric,
         HIGHER_IS_BETTER: "true" if result["higher_is_better"] else "false",
         f"{TAG}test_rows": str(result["rows"]),
         **{
-            f"{TAG}{which}_{name}": f"{block[which]['score']:.4f}"
+            of_score(which, name): f"{block[which]['score']:.4f}"
             for name, block in result["metrics"].items()
             for which in ("base", "tuned")
             if block[which]["score"] is not None

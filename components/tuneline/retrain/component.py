@@ -34,6 +34,7 @@ def check_retrain(
         ("export", dict),
         ("registry", dict),
         ("method", dict),
+        ("expected", dict),
         ("Output", str),  # the action: kfp.local reads no other name in a condition
         ("reason", str),
         ("key", str),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from tuneline.artifacts import digest_of, digest_of_file
 from tuneline.evaluate.task_files import read_task_file
+from tuneline.images import CPU_IMAGE_VARIABLE
 from tuneline.progress import report
 from tuneline.recipe import (
     EvaluationSection,
@@ -27,6 +28,7 @@ from tuneline.recipe import (
 )
 from tuneline.register import tags
 from tuneline.retrain import ledger
+from tuneline.retrain.fingerprints import rows_added
 from tuneline.retrain.profile import Profile, drift_between
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 Action = Literal["train", "promote", "nothing"]
 NO_VERSION: Final = 0
+_NOT_DATA: Final = "recipe, base model or image changed"
 
 
 @dataclass(frozen=True)
@@ -48,22 +51,39 @@ class Decision:
     """To promote, or that the same work has given; 0 for none."""
 
 
-def key_of(recipe: Recipe, profile: Profile, base_digest: str) -> str:
-    """The content key of a retraining.
+@dataclass(frozen=True)
+class Work:
+    """What a retraining is made of, but for its data."""
+
+    digest: str
+
+    def key(self, digests: Mapping[str, str]) -> str:
+        """The content key of this work on data of these digests."""
+        return digest_of({"work": self.digest, "data": dict(sorted(digests.items()))})
+
+
+def work_of(recipe: Recipe, base_key: str) -> Work:
+    """The work of a recipe.
 
     What only says where it is recorded, or when it is due, is left out.
+
+    Args:
+        recipe: resolved.
+        base_key: of `base_model.content_key`.
     """
     values = recipe.model_dump(mode="json", exclude={"retrain", "compare"})
     del values["registry"]["experiment"]
-    del values["model"]  # its digest counts, wherever it lies
-    return digest_of(
-        {
-            "data": dict(sorted(profile.digests.items())),
-            "recipe": values,
-            "evaluated_with": _files_of(recipe.evaluation),
-            "base_model": base_digest,
-            "image": os.environ.get("TUNELINE_IMAGE", ""),
-        }
+    del values["model"]  # its content counts, wherever it lies
+    images = [os.environ.get(name, "") for name in ("TUNELINE_IMAGE", CPU_IMAGE_VARIABLE)]
+    return Work(
+        digest_of(
+            {
+                "recipe": values,
+                "evaluated_with": _files_of(recipe.evaluation),
+                "base_model": base_key,
+                "images": images,
+            }
+        )
     )
 
 
@@ -100,7 +120,7 @@ def decide(
     client: MlflowClient,
     recipe: Recipe,
     profile: Profile,
-    key: str,
+    work: Work,
     run_id: str,
     mlflow_run_id: str,
 ) -> Decision:
@@ -110,22 +130,22 @@ def decide(
         client: of the tracking server.
         recipe: resolved.
         profile: of its data now.
-        key: of `key_of`.
+        work: of the recipe.
         run_id: of the pipeline run.
         mlflow_run_id: of this step.
     """
-    name = recipe.registry.model_name
+    name, key = recipe.registry.model_name, work.key(profile.digests)
     entries = ledger.read(client, name)
     if not any(entry.run_id == run_id and entry.key == key for entry in entries):
         if (known := _known(client, name, entries, key)) is not None:
             return known
-        if waits := _waits(client, recipe, profile, entries):
+        if waits := _waits(client, recipe, profile, work, entries):
             return Decision("nothing", waits, key)
         entries = ledger.append(client, name, key, run_id, mlflow_run_id)
     held = ledger.holder(client, entries, key)
     if held is not None and held[0].run_id != run_id:
         return Decision("nothing", _elsewhere(held), key)
-    return Decision("train", _why(client, recipe, profile, entries, key), key)
+    return Decision("train", _why(client, recipe, profile, work, entries), key)
 
 
 def _known(
@@ -193,14 +213,18 @@ def _last_done(client: MlflowClient, entries: list[ledger.Entry]) -> ledger.Entr
 
 
 def _waits(
-    client: MlflowClient, recipe: Recipe, profile: Profile, entries: list[ledger.Entry]
+    client: MlflowClient,
+    recipe: Recipe,
+    profile: Profile,
+    work: Work,
+    entries: list[ledger.Entry],
 ) -> str:
     """Why changed data is not trained on yet; empty if it is time."""
     triggers = recipe.retrain
     if not triggers.any or (last := _last_done(client, entries)) is None:
         return ""
     before = _profile_of(client, last)
-    if before is None:
+    if before is None or work.key(before.digests) != last.key:
         return ""
     measured = _measured(client, recipe, before, profile)
     if any(fired for _, _, fired in measured):
@@ -216,7 +240,10 @@ def _measured(
     triggers: RetrainSection = recipe.retrain
     measured = []
     if triggers.min_new_rows is not None:
-        new = now.rows - before.rows
+        if before.fingerprints is None or now.fingerprints is None:
+            new = max(now.rows - before.rows, 0)
+        else:
+            new = rows_added(before.fingerprints, now.fingerprints)
         measured.append(
             ("new rows", f"{new:,} of {triggers.min_new_rows:,}", new >= triggers.min_new_rows)
         )
@@ -246,19 +273,22 @@ def _why(
     client: MlflowClient,
     recipe: Recipe,
     profile: Profile,
+    work: Work,
     entries: list[ledger.Entry],
-    key: str,
 ) -> str:
+    key = work.key(profile.digests)
     others = [entry for entry in entries if entry.key != key]
     last = _last_done(client, others)
     if last is None:
         return f"{recipe.registry.model_name} has not been retrained before"
     before = _profile_of(client, last)
     if before is None or before.digests == profile.digests:
-        return "recipe, base model or image changed"
+        return _NOT_DATA
     told = [
         f"{what} {value}" for what, value, met in _measured(client, recipe, before, profile) if met
     ]
+    if work.key(before.digests) != last.key:
+        told.append(_NOT_DATA)
     change = f"{profile.rows:,} rows to train on, {before.rows:,} before"
     return "; ".join([f"the data changed ({change})", *told])
 
@@ -275,4 +305,4 @@ def _profile_of(client: MlflowClient, entry: ledger.Entry) -> Profile | None:
         except (MlflowException, OSError) as error:
             report(f"warning: the data profile of run {entry.run_id[:8]} can't be read: {error}")
             return None
-        return Profile(**json.loads(Path(path).read_text(encoding="utf-8")))
+        return Profile.from_json(json.loads(Path(path).read_text(encoding="utf-8")))

@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Final, Literal
 from tuneline.errors import RegistryError
 from tuneline.recipe import RETRAIN_SUFFIX
 from tuneline.register.tags import TAG
+from tuneline.tracking import TASK_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 RUNNER_VARIABLE: Final = "TUNELINE_RUNNER"
 """Of a step of a local run: host, process id and start of the process that runs the pipeline."""
@@ -154,17 +156,29 @@ def state_of(client: MlflowClient, entry: Entry) -> State:
         return "done"
     if entry.runner:
         return "alive" if _runs(entry.runner, default=parent.info.status == "RUNNING") else "dead"
-    children = client.search_runs(
-        [parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent_id}'"
-    )
-    signs = [t for run in (parent, *children) for t in (run.info.start_time, run.info.end_time)]
-    for run in children:
-        if run.info.status == "RUNNING" and "loss" in run.data.metrics:
+    below = _runs_below(client, parent)
+    signs = [t for run in (parent, *below) for t in (run.info.start_time, run.info.end_time)]
+    for run in below:
+        # whatever its status: a step that is tried again is not RUNNING before it is at it
+        if "loss" in run.data.metrics:
             history = client.get_metric_history(run.info.run_id, "loss")
             signs.append(history[-1].timestamp)
     silent_seconds = time.time() - max(sign or 0 for sign in signs) / 1000
     patience = _RETRY_SECONDS if parent.info.status in ("FAILED", "KILLED") else _LOST_SECONDS
     return "alive" if silent_seconds < patience else "dead"
+
+
+def _runs_below(client: MlflowClient, parent: Run) -> list[Run]:
+    """All runs below one: KFP's MLflow plugin makes those of steps that did not begin yet below
+    its run of a condition or loop."""
+    found: list[Run] = []
+    waiting = [parent.info.run_id]
+    while waiting:
+        query = f"tags.mlflow.parentRunId = '{waiting.pop()}'"
+        below = client.search_runs([parent.info.experiment_id], query, max_results=_PAGE)
+        found += below
+        waiting += [run.info.run_id for run in below if TASK_TAG not in run.data.tags]
+    return found
 
 
 def _runs(runner_id: str, *, default: bool) -> bool:

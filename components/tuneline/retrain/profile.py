@@ -11,12 +11,13 @@ import heapq
 import json
 import re
 import zlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from tuneline.data_prep.sources import Block, read_blocks
 from tuneline.recipe import DataSection
+from tuneline.retrain.fingerprints import Collector, Fingerprints
 
 _SAMPLE_ROWS: Final = 2000
 _WORD_BUCKETS: Final = 1024
@@ -39,9 +40,21 @@ class Profile:
     lengths: list[int]
     """How many sampled rows have a size in bytes of each power of two."""
 
+    fingerprints: Fingerprints | None = None
+    """Of the rows to train on; None for a profile of a tuneline that took none."""
+
     def as_json(self) -> dict[str, Any]:
         """A JSON value."""
-        return asdict(self)
+        taken = self.fingerprints
+        return {**vars(self), "fingerprints": taken.as_json() if taken else None}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Profile:
+        """What `as_json` gave."""
+        taken = value.get("fingerprints")
+        return Profile(
+            **{**value, "fingerprints": Fingerprints.from_json(taken) if taken else None}
+        )
 
 
 def profile_of(data: DataSection) -> Profile:
@@ -53,12 +66,15 @@ def profile_of(data: DataSection) -> Profile:
     digests: dict[str, str] = {}
     rows = 0
     sample: list[tuple[int, bytes]] = []
+    fingerprints = Collector()
     for source in data.train:
         for block in read_blocks(source, digests):
             for text in _texts(block):
                 rows += 1
                 # a heap of the lowest hashes: a sample of all rows, whichever come first
-                rank = -int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+                hashed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+                fingerprints.add(hashed >> 32)
+                rank = -hashed
                 if len(sample) < _SAMPLE_ROWS:
                     heapq.heappush(sample, (rank, text))
                 elif rank > sample[0][0]:
@@ -71,7 +87,7 @@ def profile_of(data: DataSection) -> Profile:
         lengths[min(len(text).bit_length(), _LENGTH_BUCKETS - 1)] += 1
         for word in _WORD.findall(_KEY.sub(b" ", text).lower()):
             words[zlib.crc32(word) % _WORD_BUCKETS] += 1
-    return Profile(digests, rows, words, lengths)
+    return Profile(digests, rows, words, lengths, fingerprints.result())
 
 
 def _texts(block: Block) -> Iterator[bytes]:

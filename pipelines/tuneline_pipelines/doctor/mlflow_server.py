@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from tuneline.errors import RegistryError, TunelineError
-from tuneline.tracking import mlflow_errors, open_client, safe_uri
+from tuneline.tracking import mlflow_errors, open_client, safe_uri, tracking_uri
 from tuneline_pipelines.doctor import storage
 from tuneline_pipelines.doctor.finding import Finding, error, ok, warning
 
@@ -49,7 +49,7 @@ def checks(experiment: str = "", *, offline: bool = False) -> Iterator[Finding]:
         experiment: whose artifact location is tried; empty or not there: `Default`'s.
         offline: look at nothing on other machines.
     """
-    uri = os.environ.get(VARIABLE, "")
+    uri = tracking_uri()
     if not uri:
         yield ok(VARIABLE, "not set: a local run keeps its own store in its work folder")
         return
@@ -160,7 +160,7 @@ def _as_a_step(experiment: str, *, remote: bool) -> Iterator[Finding]:
             advice = "add it to the server's --allowed-hosts"
         yield error("MLflow login" if remote else VARIABLE, text, advice)
         return
-    who = os.environ.get("MLFLOW_TRACKING_USERNAME") or urlsplit(os.environ[VARIABLE]).username
+    who = os.environ.get("MLFLOW_TRACKING_USERNAME") or urlsplit(tracking_uri()).username
     token = os.environ.get("MLFLOW_TRACKING_TOKEN")
     if remote:
         yield ok("MLflow login", f"accepted ({'a token' if token and not who else who or 'none'})")
@@ -185,7 +185,7 @@ def _version() -> Finding:
 
     name, own = "MLflow version", metadata.version("mlflow")
     with mlflow_errors("asking for the version"):
-        creds = get_default_host_creds(os.environ[VARIABLE])
+        creds = get_default_host_creds(tracking_uri())
         answer: Any = http_request(creds, "/version", "GET")
     version = answer.text.strip()
     if answer.status_code != 200 or not version[:1].isdigit() or len(version) > _LONGEST_VERSION:

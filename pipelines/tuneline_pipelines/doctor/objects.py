@@ -4,29 +4,40 @@ service account, a queue. Of a secret only the names of its keys are told, never
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
+
+import yaml
 
 from tuneline import object_store, pools
 from tuneline.base_model import HUB_SCHEME
 from tuneline.checkpoints_root import ROOT_VARIABLE
 from tuneline.errors import did_you_mean
 from tuneline.pools import Pools
-from tuneline_pipelines.doctor.cluster import Cluster, names, shown
+from tuneline.tracking import CLUSTER_URI_VARIABLE
+from tuneline_pipelines.doctor import mlflow_plugin
+from tuneline_pipelines.doctor.cluster import Cluster, Denied, names, shown
 from tuneline_pipelines.doctor.finding import Finding, error, ok, warning
+from tuneline_pipelines.doctor.mlflow_plugin import Plugin
 from tuneline_pipelines.doctor.needs import Needs
 
-TRACKING: Final = "MLFLOW_TRACKING_URI"
+PLUGIN: Final = "KFP's MLflow plugin"
 _ENDPOINT: Final = "AWS_ENDPOINT_URL"
 _LOGIN: Final = "MLFLOW_TRACKING_USERNAME"
 _S3_KEY: Final = "AWS_ACCESS_KEY_ID"
-_KFP_PLUGIN_SECRET: Final = "kfp-mlflow-credentials"
-"""Where KFP's MLflow plugin is on, it sets the address and the login of MLflow itself."""
+_KUEUE_SETTINGS: Final = ("kueue-system", "kueue-manager-config")
+"""Namespace and name, as Kueue's own manifests and chart have them."""
 _ROLE_ANNOTATIONS: Final = (
     "eks.amazonaws.com/role-arn",
     "iam.gke.io/gcp-service-account",
     "azure.workload.identity/client-id",
 )
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """In the place of what this login may not look at."""
 
 
 def namespace(cluster: Cluster) -> Iterator[Finding]:
@@ -62,16 +73,52 @@ def _config_map(cluster: Cluster, name: str) -> Any | None:
     )
 
 
-def config_maps(cluster: Cluster, needs: Needs) -> Iterator[Finding]:
-    """Those that become variables."""
+def plugin(cluster: Cluster, found: Plugin | None) -> Iterator[Finding]:
+    """What KFP's MLflow plugin hands to the steps, and the secret that it needs.
+
+    Args:
+        cluster: of the pods.
+        found: the plugin; None: it is off.
+
+    Raises:
+        Denied: this login may not look at the secret.
+    """
+    if found is None:
+        yield ok(PLUGIN, "hands nothing to the steps")
+        return
+    yield ok(PLUGIN, f"hands {shown(found.endpoint)} to the steps")
+    if not found.keys:
+        return
+    title = f"secret {mlflow_plugin.SECRET}"
+    secret = _secret(cluster, mlflow_plugin.SECRET)
+    if secret is None:
+        yield error(
+            title,
+            "not there, and KFP's MLflow plugin has every step read it: no pod would start",
+            _create(cluster, mlflow_plugin.SECRET, found.keys),
+        )
+    else:
+        yield from _keys(title, secret.data or {}, found.keys)
+
+
+def config_maps(
+    cluster: Cluster, needs: Needs, plugin: Plugin | Unknown | None
+) -> Iterator[Finding]:
+    """Those that become variables.
+
+    Args:
+        cluster: that they are in.
+        needs: of the packages.
+        plugin: of KFP; None: it is off.
+    """
     for name, keys in needs.config_maps.items():
         title = f"config map {name}"
         found = _config_map(cluster, name)
-        plugin = TRACKING in keys.values() and _has_plugin(cluster)
+        by_plugin = isinstance(plugin, Plugin) and bool(plugin.endpoint)
         if found is None:
             text = f"not there, and the pods take {', '.join(keys.values())} from it"
-            if plugin:
-                yield warning(title, text, "KFP's MLflow plugin has to set MLflow's address")
+            if by_plugin and CLUSTER_URI_VARIABLE in keys.values():
+                yield warning(title, text, "KFP's MLflow plugin sets MLflow's address alone")
             else:
                 yield error(
                     title,
@@ -91,20 +138,28 @@ def config_maps(cluster: Cluster, needs: Needs) -> Iterator[Finding]:
             value = data.get(key, "")
             if value != value.strip():
                 yield error(f"{title}, key {key}", "white space around the value", "remove it")
-            elif variable == TRACKING and not value:
-                state = warning if plugin else error
+            elif variable == CLUSTER_URI_VARIABLE and not value:
+                state, what = error, "the pods know no MLflow"
+                if by_plugin:
+                    state, what = (
+                        warning,
+                        "scheduled runs know no MLflow: KFP's plugin serves others",
+                    )
+                elif isinstance(plugin, Unknown):
+                    what += ", unless KFP's MLflow plugin sets it, which can't be told"
                 yield state(
-                    f"{title}, key {key}",
-                    "not there: the pods know no MLflow",
-                    "set it to the server's address",
+                    f"{title}, key {key}", f"not there: {what}", "set it to the server's address"
                 )
-            elif variable == TRACKING and "@" in value.partition("://")[2].partition("/")[0]:
+            elif (
+                variable == CLUSTER_URI_VARIABLE
+                and "@" in value.partition("://")[2].partition("/")[0]
+            ):
                 yield error(
                     f"{title}, key {key}",
                     f"{shown(value)} with a login in it",
                     "move the login into the secret: everybody reads config maps",
                 )
-            elif variable == TRACKING and value.startswith(("sqlite:", "file:", "/")):
+            elif variable == CLUSTER_URI_VARIABLE and value.startswith(("sqlite:", "file:", "/")):
                 yield error(
                     f"{title}, key {key}",
                     f"{shown(value)}: each pod would have one of its own",
@@ -112,10 +167,6 @@ def config_maps(cluster: Cluster, needs: Needs) -> Iterator[Finding]:
                 )
         given = ", ".join(f"{key}={shown(data[key])}" for key in keys if data.get(key))
         yield ok(title, given or "empty")
-
-
-def _has_plugin(cluster: Cluster) -> bool:
-    return _secret(cluster, _KFP_PLUGIN_SECRET) is not None
 
 
 def _secret(cluster: Cluster, name: str) -> Any | None:
@@ -130,6 +181,7 @@ def secrets(
     values: Mapping[str, str],
     *,
     wants_login: bool | None,
+    plugin: Plugin | Unknown | None = None,
     references: tuple[str, ...] = (),
 ) -> Iterator[Finding]:
     """Those that become variables, and whether one that is missing matters.
@@ -139,6 +191,7 @@ def secrets(
         needs: of the packages.
         values: of the config maps' variables.
         wants_login: whether MLflow asks for one; None: not known.
+        plugin: of KFP; None: it is off.
         references: base model and data of a recipe.
     """
     for name, keys in needs.secrets.items():
@@ -147,12 +200,10 @@ def secrets(
         if found is not None:
             yield from _keys(title, found.data or {}, keys)
             continue
-        create = f"kubectl -n {cluster.namespace} create secret generic {name} " + " ".join(
-            f"--from-file={key}=FILE" for key in keys
-        )
+        create = _create(cluster, name, keys)
         variables = set(keys.values())
         if _LOGIN in variables:
-            yield _without_login(title, values, wants_login, create, _has_plugin(cluster))
+            yield _without_login(title, values, wants_login, create, plugin)
         elif _S3_KEY in variables:
             yield _without_s3(title, needs, values, references, create)
         elif needed := [r for r in references if r.startswith(HUB_SCHEME)]:
@@ -185,11 +236,17 @@ def _keys(title: str, data: Mapping[str, str], keys: Mapping[str, str]) -> Itera
 
 
 def _without_login(
-    title: str, values: Mapping[str, str], wants_login: bool | None, create: str, plugin: bool
+    title: str,
+    values: Mapping[str, str],
+    wants_login: bool | None,
+    create: str,
+    plugin: Plugin | Unknown | None,
 ) -> Finding:
-    uri = shown(values.get(TRACKING, ""))
-    if plugin:
-        return ok(title, f"not there; {_KFP_PLUGIN_SECRET} is, for KFP's MLflow plugin")
+    uri = shown(values.get(CLUSTER_URI_VARIABLE, ""))
+    if isinstance(plugin, Plugin) and plugin.keys:
+        return ok(
+            title, f"not there; KFP's MLflow plugin hands {mlflow_plugin.SECRET} to the steps"
+        )
     if not uri:
         return warning(title, "not there", create)
     if wants_login is None:
@@ -197,6 +254,12 @@ def _without_login(
     if wants_login:
         return error(title, f"not there, and {uri} wants a login", create)
     return ok(title, f"not there, and {uri} wants no login")
+
+
+def _create(cluster: Cluster, name: str, keys: Iterable[str]) -> str:
+    return f"kubectl -n {cluster.namespace} create secret generic {name} " + " ".join(
+        f"--from-file={key}=FILE" for key in keys
+    )
 
 
 def _without_s3(
@@ -244,8 +307,11 @@ def claims(cluster: Cluster, needs: Needs) -> Iterator[Finding]:
             yield error(title, "is being deleted", "stop the pods that use it, and make it again")
         elif found.status.phase == "Bound":
             yield _shared(title, text, modes, cluster)
-        elif found.status.phase == "Pending" and _waits_for_pod(cluster, found):
-            yield ok(title, f"{text}: bound with the first pod that uses it")
+        elif found.status.phase == "Pending" and (waits := _waits_for_pod(cluster, found)):
+            if isinstance(waits, Denied):
+                yield warning(title, f"{text}; whether that is fine was {waits}", waits.advice)
+            else:
+                yield ok(title, f"{text}: bound with the first pod that uses it")
         else:
             storage = found.spec.storage_class_name or "the default class"
             yield error(
@@ -256,22 +322,31 @@ def claims(cluster: Cluster, needs: Needs) -> Iterator[Finding]:
 
 
 def _shared(title: str, text: str, modes: list[str], cluster: Cluster) -> Finding:
-    if "ReadWriteMany" in modes or len(cluster.nodes) < 2:
+    if "ReadWriteMany" in modes:
         return ok(title, text)
     if set(modes) <= {"ReadOnlyMany"}:
         return error(title, f"{text}: can't be written", "use a claim with ReadWriteMany")
+    try:
+        nodes = len(cluster.nodes)
+    except Denied as fault:
+        return warning(title, f"{text}, for one node; how many there are was {fault}", fault.advice)
+    if nodes < 2:
+        return ok(title, text)
     return warning(
         title,
-        f"{text}, and there are {len(cluster.nodes)} nodes",
+        f"{text}, and there are {nodes} nodes",
         "pods on two of them can't use it at once: use a class with ReadWriteMany",
     )
 
 
-def _waits_for_pod(cluster: Cluster, claim: Any) -> bool:
+def _waits_for_pod(cluster: Cluster, claim: Any) -> bool | Denied:
     name = claim.spec.storage_class_name
-    found = name and cluster.ask(
-        "get", "storageclasses.storage.k8s.io", cluster.storage.read_storage_class, name
-    )
+    try:
+        found = name and cluster.ask(
+            "get", "storageclasses.storage.k8s.io", cluster.storage.read_storage_class, name
+        )
+    except Denied as fault:
+        return fault
     return bool(found) and found.volume_binding_mode == "WaitForFirstConsumer"
 
 
@@ -416,8 +491,33 @@ def queue(cluster: Cluster, needs: Needs, label: str, accelerators: set[str]) ->
             "pods that ask for it are never admitted: add it to a resource group",
         )
         return
+    if _ignores_pods(cluster):
+        yield warning(
+            title,
+            "Kueue leaves plain pods alone, so that the label does nothing",
+            "add `pod` to integrations.frameworks in the config map "
+            f"{'/'.join(_KUEUE_SETTINGS)}; Kueue 0.16 and newer have it by themselves",
+        )
+        return
     waiting = local.get("status", {}).get("pendingWorkloads", 0)
     yield ok(title, f"active, {waiting} waiting, ClusterQueue {above}")
+
+
+def _ignores_pods(cluster: Cluster) -> bool:
+    """Whether Kueue's settings say so; no, where they can't be seen."""
+    namespace, name = _KUEUE_SETTINGS
+    try:
+        found = cluster.ask(
+            "get", "configmaps", cluster.core.read_namespaced_config_map, name, namespace
+        )
+        text = ((found.data if found else None) or {}).get("controller_manager_config.yaml", "")
+        settings = yaml.safe_load(text)
+    except (Denied, yaml.YAMLError):
+        return False
+    if not isinstance(settings, dict):
+        return False
+    integrations = settings.get("integrations") or {}
+    return "pod" not in (integrations.get("frameworks") or ())
 
 
 def _condition(thing: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None:

@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tuneline.errors import TunelineError, UsageError
+from tuneline.tracking import CLUSTER_URI_VARIABLE
 from tuneline_pipelines import packages
 from tuneline_pipelines.connection import Connection
-from tuneline_pipelines.doctor import kfp_server, mlflow_service, needs, nodes, objects
+from tuneline_pipelines.doctor import (
+    kfp_server,
+    mlflow_plugin,
+    mlflow_service,
+    needs,
+    nodes,
+    objects,
+)
 from tuneline_pipelines.doctor.cluster import Cluster, Denied, Unusable
 from tuneline_pipelines.doctor.finding import Check, Finding, error, ok, warning
 
@@ -54,6 +62,8 @@ class _Known:
     """Of the variables that config maps set."""
     wants_login: bool | None = None
     """Whether MLflow does."""
+    plugin: mlflow_plugin.Plugin | objects.Unknown | None = field(default_factory=objects.Unknown)
+    """Of KFP, for MLflow; None: it is off."""
     pools: Pools | None = None
     """Of the cluster."""
 
@@ -146,9 +156,15 @@ def _checks(cluster: Cluster, needed: needs.Needs, place: Place) -> Iterator[tup
             if found.level == "error":
                 raise _Stop
 
+    kfp_namespaces = (cluster.namespace, _KFP_NAMESPACE)
+
+    def plugin() -> Iterator[Finding]:
+        known.plugin = found = mlflow_plugin.find(cluster, kfp_namespaces)
+        yield from objects.plugin(cluster, found)
+
     def mlflow() -> Iterator[Finding]:
         known.values = objects.settings(cluster, needed)
-        if uri := known.values.get(objects.TRACKING):
+        if uri := known.values.get(CLUSTER_URI_VARIABLE):
             answer = mlflow_service.look(cluster, uri)
             known.wants_login = answer.wants_login
             yield from answer.findings
@@ -169,8 +185,9 @@ def _checks(cluster: Cluster, needed: needs.Needs, place: Place) -> Iterator[tup
 
     yield "Kubernetes", version
     yield "namespace", namespace
-    yield "KFP version", lambda: kfp_server.version(cluster, (cluster.namespace, _KFP_NAMESPACE))
-    yield "config maps", lambda: objects.config_maps(cluster, needed)
+    yield "KFP version", lambda: kfp_server.version(cluster, kfp_namespaces)
+    yield objects.PLUGIN, plugin
+    yield "config maps", lambda: objects.config_maps(cluster, needed, known.plugin)
     yield "MLflow of the pods", mlflow
     yield (
         "secrets",
@@ -179,6 +196,7 @@ def _checks(cluster: Cluster, needed: needs.Needs, place: Place) -> Iterator[tup
             needed,
             known.values,
             wants_login=known.wants_login,
+            plugin=known.plugin,
             references=place.references,
         ),
     )
