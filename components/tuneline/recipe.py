@@ -193,6 +193,10 @@ class TrainingSection(Settings):
     for the rest; else fp32."""
     kernels: Literal["auto", "off"] = "auto"
     """`auto`: flash attention and Liger kernels on an accelerator where they are installed."""
+    sharding: Literal["auto", "full", "none"] = "auto"
+    """Of several processes. `full`: weights, gradients and optimizer state are divided over them
+    (FSDP2), for method full only. `none`: each has all of them (DDP). `auto`: full for method full,
+    else none."""
     compile: bool = False
     """torch.compile: faster steps after some minutes of compiling, which a short run never wins
     back."""
@@ -484,6 +488,7 @@ def resolve(values: Mapping[str, Any], *, source: str = "recipe", exports: bool 
     if exports:
         check_form(recipe.method, recipe.export.form, source=source)
         check_export(recipe.method, recipe.export, source=source)
+    check_sharding(method, recipe.training, source=source)
     training = with_learning_rate(recipe.training, method)
     return recipe.model_copy(update={"training": training})
 
@@ -510,6 +515,23 @@ def with_learning_rate(training: TrainingSection, method: Method) -> TrainingSec
     if training.learning_rate is not None:
         return training
     return training.model_copy(update={"learning_rate": method.learning_rate})
+
+
+def check_sharding(method: Method, training: TrainingSection, *, source: str) -> None:
+    """Refuse to divide what does not train.
+
+    Raises:
+        RecipeError: sharding is asked for with a method that trains little beside a frozen base.
+    """
+    if training.sharding == "full" and method.stored_as != "model":
+        able = [other.name for other in METHODS if other.stored_as == "model"]
+        raise RecipeError(
+            source,
+            [
+                f"training.sharding: full is not possible with method {method.name}, whose base is "
+                f"frozen: use auto or none, or method {', '.join(able)}"
+            ],
+        )
 
 
 def check_form(settings: MethodSettings, form: str, *, source: str) -> None:

@@ -252,3 +252,67 @@ def store_client(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Callable[
     for name, value in seaweed.environment.items():
         monkeypatch.setenv(name, value)
     return seaweed.with_bucket
+
+
+class TrainingServer:
+    """Forks a child per training run; see training_server.py."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("training_server.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(sys.path),
+                "OMP_NUM_THREADS": "1",
+                "TUNELINE_CHECKPOINTS": str(root / "checkpoints"),
+            },
+        )
+        assert self._process.stdout is not None and self._process.stdin is not None
+        self._out, self._in = self._process.stdout, self._process.stdin
+        assert self._out.readline() == "ready\n"
+        self._is_running = False
+
+    def start(self, output: str, **request: Any) -> int:
+        if self._is_running:  # a test that failed left it: its status is no pid
+            self.wait()
+        request |= {"output": str(self.root / output), "log": str(self.log(output))}
+        self._in.write(json.dumps(request) + "\n")
+        self._in.flush()
+        self._is_running = True
+        return int(self._out.readline())
+
+    def wait(self) -> int:
+        self._is_running = False
+        return int(self._out.readline())
+
+    def log(self, output: str) -> Path:
+        return self.root / f"{output}.log"
+
+    def close(self) -> None:
+        self._in.close()
+        self._process.wait(60)
+        self._out.close()
+
+
+@pytest.fixture(scope="session")
+def training_server() -> Callable[[Path], TrainingServer]:
+    """Starts one; its checkpoints, logs and outputs are in the folder that it is given."""
+    return TrainingServer
+
+
+@pytest.fixture(scope="session")
+def dataset(tiny_model: Path, chats_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The chats prepared for the tiny model: a few batches, and rows to validate on."""
+    from tuneline.data_prep.prepare import prepare
+    from tuneline.recipe import DataSection
+
+    path = tmp_path_factory.mktemp("prepared") / "data"
+    return prepare(
+        str(tiny_model),
+        DataSection(train=(str(chats_file),), validation_fraction=0.2, test_fraction=0.6),
+        path,
+    )

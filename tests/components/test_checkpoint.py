@@ -22,6 +22,7 @@ from tuneline.finetune.checkpoint import (
     load_trainable,
     save_state,
     save_trainable,
+    trainable,
 )
 
 
@@ -115,7 +116,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_previous_one(
         elif kind == "torch":
             save_state(folder, "optimizer.pt", model.state_dict())
         else:
-            save_trainable(model, folder)
+            save_trainable(trainable(model), folder)
 
     with _files_no_larger_than(10_000), pytest.raises(TrainingError) as caught:
         checkpoints.write(2, {}, fill, None)
@@ -266,7 +267,7 @@ def test_the_folder_follows_the_content_and_nothing_else(
 def test_only_trainable_parameters_are_kept(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
     model[0].requires_grad_(False)
-    save_trainable(model, tmp_path)
+    save_trainable(trainable(model), tmp_path)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         assert sorted(file.keys()) == ["1.bias", "1.weight"]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -278,7 +279,7 @@ def test_only_trainable_parameters_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    save_trainable(torch.nn.Linear(3, 3), tmp_path)
+    save_trainable(trainable(torch.nn.Linear(3, 3)), tmp_path)
     with pytest.raises(TrainingError, match="is of another model or method"):
         load_trainable(torch.nn.Linear(3, 3, bias=False), tmp_path)
 
@@ -288,7 +289,7 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
     with torch.no_grad():
         model.weight[0, 0] = float("inf")
     with pytest.raises(TrainingError, match="weight is not finite"):
-        save_trainable(model, tmp_path)
+        save_trainable(trainable(model), tmp_path)
 
 
 def test_the_marker_lists_every_file(checkpoints: Checkpoints) -> None:

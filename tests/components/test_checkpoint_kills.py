@@ -1,13 +1,10 @@
 """A training run that is killed again and again ends as if nothing had happened."""
 
-import json
 import os
 import random
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,53 +28,11 @@ TRAINING = {
 METHOD = {"name": "lora", "dropout": 0.1, "target_modules": ["all-linear"]}
 
 
-class Server:
-    """Forks a child per training run; see training_server.py."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("training_server.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(sys.path),
-                "OMP_NUM_THREADS": "1",
-                "TUNELINE_CHECKPOINTS": str(root / "checkpoints"),
-            },
-        )
-        assert self._process.stdout is not None and self._process.stdin is not None
-        self._out, self._in = self._process.stdout, self._process.stdin
-        assert self._out.readline() == "ready\n"
-        self._is_running = False
-
-    def start(self, output: str, **request: Any) -> int:
-        if self._is_running:  # a test that failed left it: its status is no pid
-            self.wait()
-        request |= {"output": str(self.root / output), "log": str(self.log(output))}
-        self._in.write(json.dumps(request) + "\n")
-        self._in.flush()
-        self._is_running = True
-        return int(self._out.readline())
-
-    def wait(self) -> int:
-        self._is_running = False
-        return int(self._out.readline())
-
-    def log(self, output: str) -> Path:
-        return self.root / f"{output}.log"
-
-    def close(self) -> None:
-        self._in.close()
-        self._process.wait(60)
-        self._out.close()
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("kills"))
+def server(
+    training_server: Callable[[Path], Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    server = training_server(tmp_path_factory.mktemp("kills"))
     yield server
     server.close()
 
@@ -97,7 +52,7 @@ def request_(
 
 
 @pytest.fixture(scope="module")
-def whole(server: Server, request_: dict[str, Any]) -> artifacts.Artifact:
+def whole(server: Any, request_: dict[str, Any]) -> artifacts.Artifact:
     """Of a run that nothing stopped."""
     server.start("whole", **request_)
     assert server.wait() == 0, server.log("whole").read_text()
@@ -106,7 +61,7 @@ def whole(server: Server, request_: dict[str, Any]) -> artifacts.Artifact:
 
 @pytest.mark.slow
 def test_a_run_killed_at_ten_random_moments_equals_the_uninterrupted_one(
-    server: Server, request_: dict[str, Any], whole: artifacts.Artifact
+    server: Any, request_: dict[str, Any], whole: artifacts.Artifact
 ) -> None:
     chance = random.Random(20)
     kills = [signal.SIGKILL, signal.SIGTERM] * 5
@@ -155,7 +110,7 @@ def _wait_for(log: Path, text: str) -> None:
 
 @pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_leaves_the_previous_checkpoint(
-    server: Server, request_: dict[str, Any], whole: artifacts.Artifact
+    server: Any, request_: dict[str, Any], whole: artifacts.Artifact
 ) -> None:
     pid = server.start("full", **request_)
     _wait_for(server.log("full"), "step 20/")
@@ -177,7 +132,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_previous_checkpoint(
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_skipped_and_named(
-    server: Server, request_: dict[str, Any], whole: artifacts.Artifact
+    server: Any, request_: dict[str, Any], whole: artifacts.Artifact
 ) -> None:
     pid = server.start("damaged", **request_)
     _wait_for(server.log("damaged"), "step 12/")
@@ -231,7 +186,7 @@ def client(store_client: Callable[[str], Any]) -> Any:
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_the_store_on_an_empty_disk(
-    server: Server,
+    server: Any,
     request_: dict[str, Any],
     whole: artifacts.Artifact,
     client: Any,
@@ -263,7 +218,7 @@ def test_a_killed_run_goes_on_from_the_store_on_an_empty_disk(
 
 @pytest.mark.slow
 def test_a_store_that_goes_away_costs_a_warning_and_no_training(
-    server: Server,
+    server: Any,
     request_: dict[str, Any],
     whole: artifacts.Artifact,
     client: Any,
@@ -312,7 +267,7 @@ def test_a_store_that_goes_away_costs_a_warning_and_no_training(
     ],
 )
 def test_a_store_that_can_not_be_used_is_one_sentence_before_training(
-    server: Server,
+    server: Any,
     request_: dict[str, Any],
     client: Any,
     seaweed: Any,
@@ -332,13 +287,14 @@ def test_a_store_that_can_not_be_used_is_one_sentence_before_training(
 
 @pytest.mark.slow
 def test_every_machine_of_a_run_goes_on_from_the_same_checkpoint(
-    server: Server,
+    server: Any,
+    training_server: Callable[[Path], Any],
     request_: dict[str, Any],
     client: Any,
     seaweed: Any,
     tmp_path: Path,
 ) -> None:
-    other = Server(tmp_path)
+    other = training_server(tmp_path)
 
     def run(output: str, disks: str, *, stop_at: str = "") -> list[int]:
         with socket.socket() as probe:

@@ -1,15 +1,12 @@
 """Batches, loss and loop compute the same whatever their form."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import (
@@ -22,20 +19,28 @@ from transformers import (
     GPT2LMHeadModel,
     IntervalStrategy,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tuneline import artifacts
-from tuneline.data_prep.prepare import prepare
-from tuneline.errors import RecipeError, Terminated, TrainingError, UsageError
-from tuneline.finetune import launch
+from tuneline.errors import RecipeError, Terminated, TrainingError
+from tuneline.finetune import arguments as arguments_module
 from tuneline.finetune import loss as loss_module
-from tuneline.finetune.arguments import packed_rows_are_apart, training_arguments
+from tuneline.finetune.arguments import (
+    has_flash_attention,
+    packed_rows_are_apart,
+    training_arguments,
+    training_dtype,
+    use_kernels,
+)
 from tuneline.finetune.batching import TokenBudgetSampler, batches_of, collate, pack
 from tuneline.finetune.checkpoint import Checkpoints, Schedule
+from tuneline.finetune.load import compute_dtype
 from tuneline.finetune.loss import supervised_nll
 from tuneline.finetune.methods.lora import METHOD, LoraSettings, attach
 from tuneline.finetune.train import finetune
 from tuneline.finetune.trainer import ProgressCallback, SupervisedTrainer
-from tuneline.recipe import DataSection, TrainingSection, check
+from tuneline.recipe import TrainingSection, check
 from tuneline.termination import Termination
 from tuneline.tracking import Untracked
 
@@ -136,6 +141,44 @@ def test_a_method_that_lets_packed_rows_see_each_other_is_found(tiny_model: Path
     assert not packed_rows_are_apart(prompts)
 
 
+def test_a_kernel_that_refuses_fp32_is_tried_in_the_dtype_of_the_loop(
+    tiny_model: Path, capsys
+) -> None:
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def as_flash_attention(module: nn.Module, query: Tensor, *arguments, **options):
+        # transformers casts for it where autocast says to what
+        if query.dtype is torch.float32 and not torch.is_autocast_enabled(query.device.type):
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+        return plain(module, query, *arguments, **options)
+
+    ALL_ATTENTION_FUNCTIONS.register("refuses_fp32", as_flash_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("refuses_fp32", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_model, dtype=torch.float32, attn_implementation="refuses_fp32"
+    )
+    assert packed_rows_are_apart(model, torch.bfloat16)
+    assert not packed_rows_are_apart(model)
+    assert "the model fails on a pack: FlashAttention only support" in capsys.readouterr().out
+    assert use_kernels(model, TrainingSection(batching="auto")) == "grouped"
+
+
+@pytest.mark.parametrize(("capability", "has_units"), [((7, 5), False), ((8, 0), True)])
+def test_gpus_that_emulate_bf16_compute_in_fp32_without_flash_attention(
+    capability: tuple[int, int], has_units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_bf16_supported(including_emulation: bool = True) -> bool:
+        return including_emulation or has_units  # as torch says on a T4 and on an A100
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(arguments_module, "is_flash_attn_2_available", lambda: True)
+    expected = torch.bfloat16 if has_units else torch.float32
+    assert training_dtype(TrainingSection()) is compute_dtype() is expected
+    assert has_flash_attention() == has_units
+
+
 def test_packing_fills_the_budget_and_loses_no_row() -> None:
     lengths = [len(row["input_ids"]) for row in rows(200)]
     batches = list(TokenBudgetSampler(lengths, 40, 3, "packed"))
@@ -234,18 +277,6 @@ def test_the_probe_of_the_output_layer_leaves_the_random_numbers(model: nn.Modul
 # ---- the loop
 
 
-@pytest.fixture(scope="module")
-def dataset(
-    tiny_model: Path, chats_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> artifacts.Artifact:
-    path = tmp_path_factory.mktemp("prepared") / "data"
-    return prepare(
-        str(tiny_model),
-        DataSection(train=(str(chats_file),), validation_fraction=0.2, test_fraction=0.6),
-        path,
-    )
-
-
 def trained(
     tiny_model: Path, dataset: artifacts.Artifact, output: Path, **settings
 ) -> tuple[list[dict], artifacts.Artifact]:
@@ -304,6 +335,7 @@ def trainer_of(
     )
     data = how.pop("data", None) or rows(8)
     validation = how.pop("validation", None)
+    compiles = how.pop("compiles", False)
     arguments = training_arguments(
         training,
         METHOD,
@@ -311,6 +343,8 @@ def trainer_of(
         validates=validation is not None,
         output_dir=tmp_path / "trainer",
     )
+    if compiles:
+        arguments.torch_compile, arguments.torch_compile_backend = True, "aot_eager"
     return SupervisedTrainer(
         model=model,
         args=arguments,
@@ -447,6 +481,40 @@ def test_gradient_checkpointing_changes_no_bit_of_the_losses(
     assert losses(again) == losses(plain)
 
 
+@pytest.mark.slow
+# torch's compiler hides its own, which comes too late where warnings are errors
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_model_has_the_same_losses_and_is_not_compiled_anew_for_each_batch(
+    tmp_path: Path,
+) -> None:
+    results = []
+    # more batches than times that the compiler tries the same code (8), of two lengths
+    lengths = [6, 9] * 5
+    data = [
+        {"row": row, "input_ids": [5] * length, "supervised": [0] + [1] * (length - 1)}
+        for row, length in enumerate(lengths)
+    ]
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        counters.clear()
+        batches = [[row] for row in range(len(lengths))]
+        trainer = trainer_of(
+            _gpt2().eval(),
+            batches,
+            tmp_path,
+            steps=len(lengths),
+            accumulation=1,
+            data=data,
+            compiles=compiles,
+        )
+        trainer.run()
+        results.append(losses(trainer.state.log_history))
+    assert results[1] == pytest.approx(results[0], rel=1e-5) and len(results[0]) == len(lengths)
+    # in front of the output layer and after it, for the first length and then for any
+    assert 0 < counters["stats"]["unique_graphs"] <= 4
+
+
 def test_packing_trains_on_the_same_rows_without_padding(
     tiny_model: Path, dataset: artifacts.Artifact, tmp_path: Path, capsys
 ) -> None:
@@ -561,88 +629,3 @@ def test_the_rate_on_the_console_is_of_training_since_the_last_line(
     lines = capsys.readouterr().out.splitlines()
     rates = [line.partition(" tokens/s")[0].split()[-1] for line in lines]
     assert rates == ["10", "30", "50"]
-
-
-# ---- several processes
-
-
-def command_of(model: Path, dataset: artifacts.Artifact, output: Path, *settings: str) -> list[str]:
-    return [
-        sys.executable, "-m", "tuneline_pipelines.cli", "finetune", "--base-model", str(model),
-        "--data", str(dataset.path), "--method", "lora", "--output", str(output),
-        *(part for setting in settings for part in ("--set", setting)),
-    ]  # fmt: skip
-
-
-def environment_of(processes: int) -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": "1",
-        "TUNELINE_PROCESSES": str(processes),
-    }
-
-
-def in_processes(
-    processes: int, model: Path, dataset: artifacts.Artifact, output: Path, *settings: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command_of(model, dataset, output, *settings),
-        capture_output=True, text=True, env=environment_of(processes), check=False,
-    )  # fmt: skip
-
-
-@pytest.mark.slow
-def test_several_processes_fail_with_one_sentence_and_stop_with_a_checkpoint(
-    tiny_model: Path, dataset: artifacts.Artifact, tmp_path: Path
-) -> None:
-    output = tmp_path / "adapter"
-    failed = in_processes(2, tiny_model, dataset, output, "target_modules=[q_projj]")
-    assert failed.returncode == 1
-    assert "q_projj" in failed.stderr.splitlines()[-1] and not output.exists()
-    process = subprocess.Popen(
-        command_of(tiny_model, dataset, output, "epochs=500", "checkpoint_minutes=60"),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment_of(2),
-    )  # fmt: skip
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "grad norm" in line:
-            process.terminate()
-            break
-    rest, errors = process.communicate()
-    assert process.returncode == 143, rest + errors
-    assert "checkpoint" in errors.splitlines()[-1] and not output.exists()
-    markers = list(tmp_path.rglob("step-*/checkpoint.json"))
-    assert len(markers) == 1, list(tmp_path.rglob("*"))
-
-
-@pytest.mark.parametrize("count", ["0", "two", "-1", "1.5"])
-def test_a_number_of_processes_that_is_none_is_refused(
-    count: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TUNELINE_PROCESSES", count)
-    with pytest.raises(UsageError, match=f"not '{count}'"):
-        launch.processes()
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one_that_accumulates(
-    tiny_model: Path, dataset: artifacts.Artifact, tmp_path: Path
-) -> None:
-    # fewer than a whole number of batches for two: one of the processes has to sit out
-    results = {}
-    for processes, accumulation in ((1, 2), (2, 1)):
-        output = tmp_path / str(processes)
-        done = in_processes(
-            processes, tiny_model, dataset, output, "batch_tokens=128", "epochs=2",
-            "learning_rate=0.01", f"gradient_accumulation_steps={accumulation}",
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        text = (output / "history.jsonl").read_text()
-        results[processes] = [json.loads(line) for line in text.splitlines()]
-        assert done.stdout.count("== finetune_lora") == 1, "rank 0 only"
-    for key in ("loss", "eval_loss", "grad_norm"):
-        one, two = losses(results[1], key), losses(results[2], key)
-        assert len(one) >= 2
-        # sums over ranks in another order; Adam lets rounding grow along the steps
-        assert two == pytest.approx(one, rel=1e-4)

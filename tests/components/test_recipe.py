@@ -60,6 +60,14 @@ def test_missing_sections_are_named() -> None:
     )
 
 
+def test_only_full_fine_tuning_can_be_divided_over_processes() -> None:
+    divided = {"training": {"sharding": "full"}}
+    with pytest.raises(RecipeError, match=r"sharding: full is not possible with method lora.*full"):
+        recipe.resolve({**GOOD, **divided})
+    resolved = recipe.resolve({**GOOD, **divided, "method": {"name": "full"}})
+    assert resolved.training.sharding == "full"
+
+
 def test_overrides_are_read_as_yaml(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(json.dumps(GOOD))

@@ -19,7 +19,7 @@ from tuneline.finetune.load import compute_dtype
 from tuneline.finetune.methods import Method
 from tuneline.finetune.methods.structure import output_layer
 from tuneline.progress import report
-from tuneline.recipe import TrainingSection
+from tuneline.recipe import TrainingSection, check_sharding
 
 _LAST_FRACTION: Final = 0.1
 """Of the steps for the decay of `warmup_stable_decay`, and of the peak for the least learning rate
@@ -27,7 +27,13 @@ of `cosine_with_min_lr` and `cosine_warmup_with_min_lr`."""
 
 
 def training_arguments(
-    training: TrainingSection, method: Method, *, steps: int, validates: bool, output_dir: Path
+    training: TrainingSection,
+    method: Method,
+    *,
+    steps: int,
+    validates: bool,
+    output_dir: Path,
+    sharded: bool = False,
 ) -> TrainingArguments:
     """What transformers' loop is told.
 
@@ -37,6 +43,7 @@ def training_arguments(
         steps: of the optimizer, in the whole run.
         validates: whether there is a validation loader.
         output_dir: an empty folder that transformers makes; nothing is left in it.
+        sharded: as `shards` says.
     """
     assert training.learning_rate is not None
     accelerated = torch.cuda.is_available()
@@ -67,6 +74,8 @@ def training_arguments(
         use_cpu=not accelerated,
         dataloader_pin_memory=accelerated,
         remove_unused_columns=False,
+        # of every micro-batch when divided: gradients that wait for the last one would be whole
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": sharded}},
     )
 
 
@@ -87,9 +96,28 @@ def training_dtype(training: TrainingSection) -> torch.dtype:
     return dtype
 
 
+def shards(training: TrainingSection, method: Method, *, processes: int) -> bool:
+    """Whether the model is divided over the processes.
+
+    Raises:
+        RecipeError: that was asked for with a method that trains little beside a frozen base.
+    """
+    check_sharding(method, training, source="training")
+    return processes > 1 and method.stored_as == "model" and training.sharding != "none"
+
+
 def has_liger() -> bool:
     """Whether Liger's Triton kernels are installed and have a device to run on."""
     return torch.cuda.is_available() and is_liger_kernel_available()
+
+
+def has_flash_attention() -> bool:
+    """Whether flash attention is installed and has a device to run on: Ampere or newer."""
+    return (
+        torch.cuda.is_available()
+        and torch.cuda.get_device_capability()[0] >= 8
+        and is_flash_attn_2_available()
+    )
 
 
 def use_kernels(model: Any, training: TrainingSection) -> Layout:
@@ -107,7 +135,7 @@ def use_kernels(model: Any, training: TrainingSection) -> Layout:
     flash = (
         training.kernels == "auto"
         and training_dtype(training) is torch.bfloat16
-        and is_flash_attn_2_available()
+        and has_flash_attention()
         and getattr(model, "_supports_flash_attn", False)
     )
     if flash:
@@ -121,7 +149,7 @@ def use_kernels(model: Any, training: TrainingSection) -> Layout:
             )
     if training.batching == "grouped" or (training.batching == "auto" and not flash):
         return "grouped"
-    if packed_rows_are_apart(model):
+    if packed_rows_are_apart(model, training_dtype(training)):
         return "packed"
     if training.batching == "packed":
         raise TrainingError(
@@ -131,11 +159,17 @@ def use_kernels(model: Any, training: TrainingSection) -> Layout:
     return "grouped"
 
 
-def packed_rows_are_apart(model: nn.Module) -> bool:
+def packed_rows_are_apart(model: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
     """Whether a packed row's logits are those that it has when another row is in front of it.
 
     Seen by running two packs that differ in their first row only. Methods that put virtual tokens
-    in front, recurrent layers, and models that ignore position ids are not.
+    in front, recurrent layers, models that ignore position ids, and models whose kernels refuse
+    packs are not.
+
+    Args:
+        model: a causal LM.
+        dtype: that the loop computes in; weights that train are fp32 all the same, which the
+            kernels of flash attention refuse.
     """
     device = next(model.parameters()).device
     packs = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [8, 7, 6, 5, 5, 6, 7, 8]], device=device)
@@ -143,12 +177,16 @@ def packed_rows_are_apart(model: nn.Module) -> bool:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
+        with torch.no_grad(), autocast, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's, that positions are ignored: seen below
             first, second = (
                 model(input_ids=pack.unsqueeze(0), position_ids=positions, use_cache=False).logits
                 for pack in packs
             )
+    except RuntimeError as error:
+        report(f"warning: batches are not packed, the model fails on a pack: {error}")
+        return False
     finally:
         model.train(was_training)
     return torch.equal(first[:, -4:], second[:, -4:])

@@ -53,6 +53,7 @@ from tuneline.finetune.checkpoint_store import (
     store_of,
     stored_name,
 )
+from tuneline.finetune.sharding import like
 from tuneline.progress import report
 from tuneline.settings import Settings
 
@@ -604,19 +605,22 @@ def _load(path: Path) -> Checkpoint:
     return Checkpoint(path, int(marker["step"]), dict(marker["notes"]), stored_name(path))
 
 
-def save_trainable(model: nn.Module, folder: Path) -> None:
-    """Write the parameters that train, by name.
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that train, by name."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_trainable(parameters: Mapping[str, Tensor], folder: Path) -> None:
+    """Write what `trainable` gives.
 
     Raises:
         TrainingError: one of them is not finite, so that nothing could go on from it.
     """
     tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    for name, parameter in parameters.items():
         if not bool(parameter.isfinite().all()):
             raise TrainingError(f"{name} is not finite: lower training.learning_rate")
-        tensors[name] = parameter.detach().to("cpu").contiguous()
+        tensors[name] = parameter.to("cpu").contiguous()
     save_file(tensors, folder / WEIGHTS)
 
 
@@ -636,7 +640,7 @@ def load_trainable(model: nn.Module, folder: Path) -> None:
                 "only): remove it"
             )
         for name, parameter in targets.items():
-            parameter.copy_(file.get_tensor(name))
+            parameter.copy_(like(parameter, file.get_tensor(name)))
 
 
 def save_state(folder: Path, name: str, state: Any) -> None:

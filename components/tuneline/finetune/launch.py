@@ -24,6 +24,8 @@ _DEVICES: Final = ("/dev/nvidia0", "/dev/kfd")
 """One of them is there where CUDA or ROCm has an accelerator."""
 _ERROR: Final = "error: "
 _KILLED: Final = "exitcode  : -9"
+_STOPPED: Final = "finetune was stopped by SIGTERM; "
+"""What `steps.guard` puts in front of a process's own words."""
 
 
 def processes() -> int:
@@ -49,8 +51,8 @@ def train_together(arguments: Mapping[str, Any], count: int) -> None:
     """Run `steps.finetune` with these arguments in `count` processes.
 
     Raises:
-        TrainingError: one of them failed; with its own sentence.
-        Terminated: SIGTERM arrived; the processes have ended.
+        TrainingError: one of them failed, also where SIGTERM had arrived; with its own sentence.
+        Terminated: SIGTERM arrived; the processes have ended, with their own words.
     """
     with tempfile.TemporaryDirectory(prefix="tuneline-ranks-") as folder:
         job, errors = Path(folder) / "job.json", Path(folder) / "stderr"
@@ -61,29 +63,51 @@ def train_together(arguments: Mapping[str, Any], count: int) -> None:
                  f"--nproc-per-node={count}", "-m", "tuneline.finetune.launch", str(job)],
                 stderr=stderr,
             )  # fmt: skip
+            stopped: BaseException | None = None
             try:
                 code = process.wait()
-            except BaseException as stopped:  # SIGTERM or Ctrl-C: they write their checkpoint first
+            except (Terminated, KeyboardInterrupt) as signal:  # they write their checkpoint first
                 process.terminate()
-                process.wait()
-                if isinstance(stopped, Terminated):
-                    raise Terminated(
-                        "what is trained is in a checkpoint: run it again to go on"
-                    ) from stopped
-                raise
+                code = process.wait()
+                stopped = signal
         text = errors.read_text(encoding="utf-8", errors="replace")
     sys.stderr.write(text)
+    if isinstance(stopped, Terminated):
+        raise _as_stopped(text, count, code) from stopped
+    if stopped is not None:
+        raise stopped
     if code:
-        raise TrainingError(_sentence(text, count))
+        sentences = _sentences(text)
+        raise TrainingError(sentences[0] if sentences else _without_a_word(text, count))
 
 
-def _sentence(text: str, count: int) -> str:
+def _as_stopped(text: str, count: int, code: int) -> BaseException:
+    """What a stopped run ends with: of a checkpoint only its writers know."""
+    sentences = _sentences(text)
+    failures = [sentence for sentence in sentences if not sentence.startswith(_STOPPED)]
+    if failures or _KILLED in text:
+        return TrainingError(failures[0] if failures else _without_a_word(text, count))
+    if sentences:
+        return Terminated(sentences[0].removeprefix(_STOPPED))
+    if code == 0:
+        return Terminated("training had ended, and its result is written")
+    return Terminated(
+        "no process said that it wrote a checkpoint: run it again to go on from the last one"
+    )
+
+
+def _sentences(text: str) -> list[str]:
     lines = text.splitlines()
+    found = []
     for number, line in enumerate(lines):
         if line.startswith(_ERROR):
             rest = lines[number + 1 :]
             more = next((n for n, other in enumerate(rest) if not other.startswith("  - ")), 0)
-            return "\n".join([line.removeprefix(_ERROR), *rest[:more]])
+            found.append("\n".join([line.removeprefix(_ERROR), *rest[:more]]))
+    return found
+
+
+def _without_a_word(text: str, count: int) -> str:
     if _KILLED in text:
         return (
             f"one of {count} training processes was killed, most likely by the system for lack of "

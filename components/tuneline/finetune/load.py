@@ -106,11 +106,13 @@ def load_skeleton(path: Path, *, trust_code: bool = False) -> PreTrainedModel:
 
 
 def compute_dtype() -> torch.dtype:
-    """bf16 on accelerators that have it; else fp32, since CPUs without bf16 units lose by it."""
+    """bf16 on accelerators that have it; else fp32, since CPUs without bf16 units lose by it, and
+    GPUs before Ampere, which compute it in fp32 and round."""
     import torch
 
-    accelerated = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if accelerated else torch.float32
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
 
 
 def bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> Any:

@@ -15,14 +15,15 @@ their logits (Gemma 2, Cohere, Granite) and adapted output layers keep the N x V
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from accelerate.utils import extract_model_from_parallel, is_compiled_module
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
 
 from tuneline.errors import ModelError
 from tuneline.finetune.methods.structure import output_layer
@@ -51,17 +52,84 @@ def supervised_nll(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, 
     selected = targets != IGNORE_INDEX
     targets = targets[selected]
     inputs = {name: batch[name] for name in _INPUTS if name in batch}
-    layer = _output_layer(model)
-    if _logits_are_the_layers(model, layer, inputs):
-        return _chunked(model, layer, inputs, selected, targets), selected.sum()
+    plain = extract_model_from_parallel(model, keep_torch_compile=False)
+    layer = output_layer(plain)
+    chunked = _logits_are_the_layers(plain, layer, inputs)
+    hooks = _hooks_of(layer, compiled=is_compiled_module(model))
+    with hooks.computing(selected, targets if chunked else None):
+        output = model(**inputs, use_cache=False).logits
+    if chunked:
+        return output.view(()), selected.sum()
+    return functional.cross_entropy(output[0].float(), targets, reduction="sum"), selected.sum()
 
-    def keep_supervised(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+
+class _Hooks:
+    """What an output layer does while a loss is computed; at other times it is as it was.
+
+    They stay on the layer: a compiled model is compiled anew when the hooks in it change.
+    """
+
+    def __init__(self, layer: nn.Module, *, hidden: bool) -> None:
+        self.hidden = hidden
+        self._selected: Tensor | None = None
+        self._targets: Tensor | None = None
+        self._picked: Tensor | None = None
+        before: Any = self._before
+        after: Any = self._after
+        if hidden:  # the compiler leaves them alone and compiles what is in front of them
+            before, after = torch.compiler.disable(before), torch.compiler.disable(after)
+        self._handles = (
+            layer.register_forward_pre_hook(before),
+            layer.register_forward_hook(after),
+        )
+
+    @contextmanager
+    def computing(self, selected: Tensor, targets: Tensor | None) -> Iterator[None]:
+        """Let the layer see the selected positions, or return their loss where there are targets.
+
+        Args:
+            selected: (B, T), booleans.
+            targets: (N,) of the selected positions, or None for their logits.
+        """
+        self._selected, self._targets = selected, targets
+        try:
+            yield
+        finally:
+            self._selected = self._targets = self._picked = None
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, _: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._selected is None:
+            return None
         hidden, *rest = arguments
-        return (_pick(hidden, selected).unsqueeze(0), *rest)
+        picked = _pick(hidden, self._selected)
+        if self._targets is None:
+            return (picked.unsqueeze(0), *rest)
+        self._picked = picked
+        return (hidden[:, :0], *rest)
 
-    with layer.register_forward_pre_hook(keep_supervised):
-        logits = model(**inputs, use_cache=False).logits
-    return functional.cross_entropy(logits[0].float(), targets, reduction="sum"), selected.sum()
+    def _after(self, linear: nn.Module, _: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        del output
+        if self._picked is None:
+            return None
+        # in place of the logits: the loss leaves through every wrapper of the model that way, and
+        # a divided weight is whole here
+        return _ChunkedNll.apply(self._picked, linear.weight, linear.bias, self._targets)
+
+
+_HOOKS: weakref.WeakKeyDictionary[nn.Module, _Hooks] = weakref.WeakKeyDictionary()
+
+
+def _hooks_of(layer: nn.Module, *, compiled: bool) -> _Hooks:
+    hooks = _HOOKS.get(layer)
+    if hooks is None or (compiled and not hooks.hidden):
+        if hooks is not None:
+            hooks.remove()
+        hooks = _HOOKS[layer] = _Hooks(layer, hidden=compiled)
+    return hooks
 
 
 def _pick(hidden: Tensor, selected: Tensor) -> Tensor:
@@ -74,31 +142,10 @@ def _pick(hidden: Tensor, selected: Tensor) -> Tensor:
     return hidden[:, hidden.shape[1] - selected.shape[1] :][selected]
 
 
-def _chunked(
-    model: nn.Module, layer: nn.Module, inputs: dict[str, Tensor], selected: Tensor, targets: Tensor
-) -> Tensor:
-    picked: list[Tensor] = []
-
-    def take_hidden(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden, *rest = arguments
-        picked.append(_pick(hidden, selected))
-        return (hidden[:, :0], *rest)
-
-    def give_loss(linear: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        del output
-        # in place of the logits: the loss leaves through every wrapper of the model that way, and
-        # a sharded weight is whole here
-        loss = _ChunkedNll.apply(picked.pop(), linear.weight, linear.bias, targets)
-        return loss.view(1, 1, 1)
-
-    with layer.register_forward_pre_hook(take_hidden), layer.register_forward_hook(give_loss):
-        return model(**inputs, use_cache=False).logits.view(())
-
-
 class _ChunkedNll(torch.autograd.Function):
     """Summed cross-entropy of a linear layer's logits; gradients are made in the forward pass.
 
-    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) -> scalar, in fp32.
+    hidden (N, H), weight (V, H), bias (V,) or None, targets (N,) -> (1, 1, 1), in fp32.
     """
 
     @staticmethod
@@ -106,7 +153,7 @@ class _ChunkedNll(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     ) -> Tensor:
         of_hidden, of_weight, of_bias, _ = ctx.needs_input_grad
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        total = torch.zeros((1, 1, 1), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if of_hidden else None
         # a sum over chunks would lose what bf16 can't hold
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
@@ -139,7 +186,7 @@ class _ChunkedNll(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator has no types
-        (grad,) = grad_outputs
+        grad = grad_outputs[0].view(())
         of_hidden, of_weight, of_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         return (
@@ -181,7 +228,8 @@ def held_out_nll(model: nn.Module, batches: Iterable[dict[str, Any]]) -> tuple[f
     model.eval()
     total, count = 0.0, 0
     try:
-        with torch.inference_mode():
+        # sharded weights that were first gathered in inference mode could not train
+        with torch.no_grad():
             for batch in batches:
                 nll, tokens = supervised_nll(model, {k: v.to(device) for k, v in batch.items()})
                 total += float(nll)
@@ -189,9 +237,3 @@ def held_out_nll(model: nn.Module, batches: Iterable[dict[str, Any]]) -> tuple[f
     finally:
         model.train(was_training)
     return total, count
-
-
-def _output_layer(model: Any) -> nn.Module:
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
-    return output_layer(model)

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from tuneline import artifacts, base_model
 from tuneline.artifacts import Artifact
 from tuneline.base_model import BaseModel
 from tuneline.errors import ArtifactError, MethodError, Terminated, TrainingError
-from tuneline.finetune.load import load_base, parameter_count
+from tuneline.finetune.load import compute_dtype, load_base, load_skeleton, parameter_count
 from tuneline.finetune.methods import Method
 from tuneline.finetune.methods.method import MethodSettings
 from tuneline.progress import ranks, report
@@ -26,6 +26,7 @@ from tuneline.tracking import Step, Untracked
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from tuneline.finetune.checkpoint import Checkpoints
@@ -150,10 +151,16 @@ def _train(
     from transformers import set_seed
 
     from tuneline.data_prep.chat import load_tokenizer
-    from tuneline.finetune.arguments import training_arguments, use_kernels
+    from tuneline.finetune.arguments import (
+        shards,
+        training_arguments,
+        training_dtype,
+        use_kernels,
+    )
     from tuneline.finetune.batching import batches_of
-    from tuneline.finetune.checkpoint import Schedule
+    from tuneline.finetune.checkpoint import Schedule, trainable
     from tuneline.finetune.memory import loading
+    from tuneline.finetune.sharding import whole
     from tuneline.finetune.trainer import ProgressCallback, SupervisedTrainer
 
     _check_validation(dataset, training)
@@ -166,15 +173,17 @@ def _train(
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     rank, world_size = ranks()
+    sharded = shards(training, method, processes=world_size)
     set_seed(training.seed)
     with loading(base.path):
-        model, trainable, all_parameters = attach(
+        model, count, all_parameters = attach(
             base, method, method_config, precision=training.precision
         )
     layout = use_kernels(model, training)
     report(
-        f"{method.name}: {trainable:,} trainable of {all_parameters:,} parameters "
-        f"({trainable / all_parameters:.3%})"
+        f"{method.name}: {count:,} trainable of {all_parameters:,} parameters "
+        f"({count / all_parameters:.3%})"
+        + (f", divided over {world_size} processes" if sharded else "")
     )
     tokenizer = load_tokenizer(str(base.path), trust_code=base.trusts_code)
     pad_token_id = tokenizer.pad_token_id
@@ -201,13 +210,14 @@ def _train(
         steps=steps,
         validates="validation" in loaders,
         output_dir=output / "trainer",
+        sharded=sharded,
     )
     step.log_params(
         {
             **method_config.model_dump(mode="json"),
             **training.model_dump(mode="json"),
-            "trainable_parameters": trainable,
-            "trainable_fraction": trainable / all_parameters,
+            "trainable_parameters": count,
+            "trainable_fraction": count / all_parameters,
             "optimizer_steps": steps,
         }
     )
@@ -223,12 +233,16 @@ def _train(
             termination=termination,
             load_best=training.load_best,
             early_stopping_patience=training.early_stopping_patience,
+            shard_in=training_dtype(training) if sharded else None,
         )
         trainer.add_callback(ProgressCallback(step, trainer))
         trainer.run()
-    if termination.requested:  # after the last look at it
+    if trainer.any_rank(termination.requested):  # after the last look at it
         raise Terminated
+    weights = whole(trainable(model), keep=rank == 0) if sharded else None
     if rank == 0:
+        if weights is not None:
+            model = _with_weights(base, method, method_config, weights)
         _save(model, method, base, output)
     return trainer.state.log_history
 
@@ -271,13 +285,14 @@ def attach(
     """
     import torch
 
+    in_fp32 = precision == "fp32" or compute_dtype() is torch.float32
     loaded = load_base(
         base.path,
         trust_code=base.trusts_code,
         quantization=config.quantization,
         # a step of 1e-5 of a weight is lost in bf16's 8 bits of mantissa: what trains is fp32, and
         # the arithmetic of an accelerator is bf16 by autocast
-        dtype=torch.float32 if method.stored_as == "model" or precision == "fp32" else None,
+        dtype=torch.float32 if method.stored_as == "model" or in_fp32 else None,
     )
     total = parameter_count(loaded)
     model = method.attach(loaded, config)
@@ -287,6 +302,20 @@ def attach(
     for parameter in trained:
         parameter.data = parameter.data.float()
     return model, sum(parameter.numel() for parameter in trained), total
+
+
+def _with_weights(
+    base: BaseModel, method: Method, config: MethodSettings, weights: Mapping[str, Tensor]
+) -> PeftModel | PreTrainedModel:
+    """A model in one piece, to save, from what was divided."""
+    from torch.nn import Parameter
+
+    skeleton = load_skeleton(base.path, trust_code=base.trusts_code)
+    for name, weight in weights.items():
+        module, _, last = name.rpartition(".")
+        skeleton.get_submodule(module).register_parameter(last, Parameter(weight))
+    skeleton.tie_weights()
+    return method.attach(skeleton, config)
 
 
 def _save(

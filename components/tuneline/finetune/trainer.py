@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers import (
@@ -35,12 +36,15 @@ from tuneline.finetune.checkpoint import (
     load_trainable,
     save_state,
     save_trainable,
+    trainable,
 )
 from tuneline.finetune.loss import held_out_nll, supervised_nll
+from tuneline.finetune.sharding import is_sharded, load_optimizer, settle, shard, whole
 from tuneline.progress import minutes, report, tick
 from tuneline.termination import Termination
 from tuneline.tracking import Step
 
+T = TypeVar("T")
 GRACE_SECONDS: Final = 30
 """From SIGTERM to SIGKILL, Kubernetes' default. A checkpoint has to be on the disk by then: the
 micro-batch at hand is finished, the accumulated ones of an unfinished step are dropped."""
@@ -82,6 +86,8 @@ class SupervisedTrainer(Trainer):
         termination: whether SIGTERM has arrived.
         load_best: end with the weights of the lowest validation loss.
         early_stopping_patience: evaluations without a lower one until training stops, or None.
+        shard_in: what dtype to compute in with the model divided over all processes; None: each
+            process has all of it.
         others: as in `transformers.Trainer`.
     """
 
@@ -96,11 +102,16 @@ class SupervisedTrainer(Trainer):
         termination: Termination | None = None,
         load_best: bool = False,
         early_stopping_patience: int | None = None,
+        shard_in: torch.dtype | None = None,
         **others: Any,
     ) -> None:
         dataset = validation_loader.dataset if validation_loader else None
         super().__init__(train_dataset=train_loader.dataset, eval_dataset=dataset, **others)
         self.remove_callback(PrinterCallback)  # ProgressCallback prints what it would
+        if shard_in is not None:
+            shard(self.model, shard_in)
+            # accelerate then leaves placement and gradients to the model
+            self.is_distributed_loading_by_transformers = True
         self._train_loader = train_loader
         self._validation_loader = validation_loader
         self._create_optimizer = create_optimizer
@@ -151,6 +162,7 @@ class SupervisedTrainer(Trainer):
                 self._measured = memory.Measured(start=memory.peak_bytes())
                 self.train(resume_from_checkpoint=str(found.path) if found else None)
         seconds, tokens = time.monotonic() - started, self.figures.tokens_seen - tokens
+        tokens = int(self._summed(torch.tensor(tokens, device=self.args.device)))
         report(
             f"trained {tokens:,} tokens in {seconds:.0f} s ({tokens / seconds:.0f} tokens/s), "
             f"{self.state.global_step} steps"
@@ -158,7 +170,7 @@ class SupervisedTrainer(Trainer):
         if self._validation_loader is not None and not self._evaluated_now():
             with self._memory_errors():
                 self.evaluate()
-        if self._termination.requested:
+        if self.any_rank(self._termination.requested):
             self._stop()
         if self._load_best:
             self._take_best()
@@ -169,13 +181,17 @@ class SupervisedTrainer(Trainer):
 
     def _of_rank_0(self, look: Callable[[Checkpoints], Checkpoint | None]) -> Checkpoint | None:
         found = look(self._checkpoints) if self._checkpoints and self.args.should_save else None
-        if self.args.world_size > 1:
-            box = [found]
-            torch.distributed.broadcast_object_list(box)
-            found = box[0]
-            if found is not None and self._checkpoints is not None:
-                found = self._on_this_machine(found, self._checkpoints)
+        found = self._from_rank_0(found)
+        if self.args.world_size > 1 and found is not None and self._checkpoints is not None:
+            found = self._on_this_machine(found, self._checkpoints)
         return found
+
+    def _from_rank_0(self, value: T) -> T:
+        if self.args.world_size == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box)
+        return box[0]
 
     def _on_this_machine(self, found: Checkpoint, checkpoints: Checkpoints) -> Checkpoint:
         brings = self.args.local_process_index == 0
@@ -274,7 +290,8 @@ class SupervisedTrainer(Trainer):
         return nll / divisor * self.accelerator.num_processes
 
     def _clip_grad_norm(self, model: nn.Module) -> float | Tensor | None:
-        self._grad_norm = super()._clip_grad_norm(model)
+        norm = super()._clip_grad_norm(model)
+        self._grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return self._grad_norm
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
@@ -294,14 +311,9 @@ class SupervisedTrainer(Trainer):
         # one look at the device per step
         losses = torch.stack([nll for nll, _ in self._pending]).double().tolist()
         norm = None if self._grad_norm is None else float(self._grad_norm)
-        for loss, (_, batch) in zip(losses, self._pending, strict=True):
-            if not math.isfinite(loss):
-                self._refuse(f"the loss is {loss}", [batch])
-        if norm is not None and not math.isfinite(norm):
-            self._refuse(
-                f"the losses are finite, but the gradient's norm is {norm}",
-                [batch for _, batch in self._pending],
-            )
+        bad = not all(map(math.isfinite, losses)) or not (norm is None or math.isfinite(norm))
+        if self.any_rank(bad):
+            self._refuse(losses, norm)
         self.figures.nll += math.fsum(losses)
         self._measured.note(max(slots for _, slots, _ in self._next_counts))
         for tokens, slots, supervised in self._next_counts:
@@ -310,19 +322,39 @@ class SupervisedTrainer(Trainer):
             self.figures.supervised += supervised
         self._pending.clear()
 
-    def _refuse(self, what: str, batches: list[dict[str, Tensor]]) -> None:
-        rows = [row for batch in batches for row in self._rows_at_fault(batch)]
+    def _refuse(self, losses: list[float], norm: float | None) -> NoReturn:
+        """Of all processes with the same words: the rows may be another's."""
+        batches = [batch for _, batch in self._pending]
+        faults = [
+            (loss, row)
+            for loss, batch in zip(losses, batches, strict=True)
+            if not math.isfinite(loss)
+            for row in self._rows_at_fault(batch)
+        ]
+        faults = self._of_all_ranks(faults)
+        if faults:
+            what, rows = f"the loss is {faults[0][0]}", [row for _, row in faults]
+        else:
+            what = f"the losses are finite, but the gradient's norm is {norm}"
+            rows = self._of_all_ranks([row for batch in batches for row in _rows_of(batch)])
         raise TrainingError(
             f"{what} at step {self.state.global_step + 1}, in rows {rows} (counted from 0) of the "
             "train split: look at these rows; if they are as they should be, lower "
             "training.learning_rate or training.max_grad_norm"
         )
 
+    def _of_all_ranks(self, values: list[T]) -> list[T]:
+        if self.args.world_size == 1:
+            return values
+        gathered: list[Any] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(gathered, values)
+        return [value for of_rank in gathered for value in of_rank]
+
     def _rows_at_fault(self, batch: dict[str, Tensor]) -> list[int]:
-        rows = [row if row >= 0 else ~row for row in batch["rows"].tolist()]
-        if self.args.world_size > 1 or "attention_mask" not in batch:
-            return rows  # other ranks would have to compute too, or rows lie end to end
+        rows = _rows_of(batch)
         assert self.model is not None
+        if is_sharded(self.model) or "attention_mask" not in batch:
+            return rows  # other ranks would have to compute too, or rows lie end to end
         one_by_one = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(len(rows))]
         with torch.no_grad():
             losses = [float(supervised_nll(self.model, one)[0]) for one in one_by_one]
@@ -383,7 +415,11 @@ class SupervisedTrainer(Trainer):
         assert self._validation_loader is not None
         model = self.model
         assert model is not None
-        nll, tokens = held_out_nll(model, self._until_terminated(self._validation_loader))
+        try:
+            with self.accelerator.autocast():
+                nll, tokens = held_out_nll(model, self._until_terminated(self._validation_loader))
+        finally:
+            settle(model)
         sums = torch.tensor([nll, float(tokens)], dtype=torch.float64, device=self.args.device)
         total, count = self._summed(sums).tolist()
         if not math.isfinite(total):
@@ -406,7 +442,7 @@ class SupervisedTrainer(Trainer):
     def _until_terminated(self, batches: Iterable[Any]) -> Iterator[Any]:
         self._evaluates = True
         for batch in batches:
-            if self._any_rank(self._termination.requested):
+            if self.any_rank(self._termination.requested):
                 self._evaluation_due = True  # the resumed run begins with it
                 self._stop()
             yield batch
@@ -459,7 +495,7 @@ class SupervisedTrainer(Trainer):
         self._micro_batch_seconds = max(
             self._micro_batch_seconds, time.monotonic() - self._micro_batch_started
         )
-        if self._any_rank(self._termination.requested):
+        if self.any_rank(self._termination.requested):
             if self._checkpoints is None:
                 raise Terminated
             self._save_checkpoint(self.model, None)
@@ -470,7 +506,7 @@ class SupervisedTrainer(Trainer):
         self._micro_batch_seconds = max(
             self._micro_batch_seconds, time.monotonic() - self._micro_batch_started
         )
-        stopping = self._any_rank(self._termination.requested)
+        stopping = self.any_rank(self._termination.requested)
         if self._checkpoints is None:
             if stopping:
                 raise Terminated
@@ -481,15 +517,16 @@ class SupervisedTrainer(Trainer):
             self._evaluation_due = control.should_evaluate
             control.should_evaluate = False
             control.should_save = True
-        elif self._any_rank(self._schedule is not None and self._schedule.due):
+        elif self.any_rank(self._schedule is not None and self._schedule.due):
             control.should_save = True
 
     def after_save(self) -> None:
         """Stop if that was why."""
-        if self._any_rank(self._termination.requested):
+        if self.any_rank(self._termination.requested):
             self._raise_terminated()
 
-    def _any_rank(self, value: bool) -> bool:
+    def any_rank(self, value: bool) -> bool:
+        """Whether it is so in one of the processes; all of them have to ask."""
         if self.args.world_size == 1:
             return value
         flag = torch.tensor(float(value), device=self.args.device)
@@ -515,6 +552,12 @@ class SupervisedTrainer(Trainer):
                 tokens_seen=figures.tokens_seen,
                 slots_seen=figures.slots_seen,
             )
+        assert self.model is not None and self.optimizer is not None
+        settle(self.model)
+        weights, optimizer_state = trainable(self.model), self.optimizer.state_dict()
+        if is_sharded(self.model):  # all processes gather, the first one writes
+            weights = whole(weights, keep=self.args.should_save)
+            optimizer_state = whole(optimizer_state, keep=self.args.should_save)
         if self.args.should_save:
             notes = {
                 "figures": asdict(figures),
@@ -524,19 +567,27 @@ class SupervisedTrainer(Trainer):
             self._checkpoints.write(
                 self.state.global_step,
                 notes,
-                lambda folder: self._fill(folder, states),
+                lambda folder: self._fill(folder, weights, optimizer_state, states),
                 self._best_step(),
             )
-        seconds = time.monotonic() - started
+        # the others wait for the first one: what stops next must not end it while it writes
+        seconds, self._checkpoints.unsent = self._from_rank_0(
+            (time.monotonic() - started, self._checkpoints.unsent)
+        )
         if self._schedule is not None:
             self._schedule.wrote(seconds)
         self._check_grace(seconds)
 
-    def _fill(self, folder: Path, random_states: list[dict[str, Any]]) -> None:
-        assert self.model is not None and self.optimizer is not None
+    def _fill(
+        self,
+        folder: Path,
+        weights: dict[str, Tensor],
+        optimizer_state: dict[str, Any],
+        random_states: list[dict[str, Any]],
+    ) -> None:
         assert self.lr_scheduler is not None
-        save_trainable(self.model, folder)
-        save_state(folder, "optimizer.pt", self.optimizer.state_dict())
+        save_trainable(weights, folder)
+        save_state(folder, "optimizer.pt", optimizer_state)
         save_state(folder, "scheduler.pt", self.lr_scheduler.state_dict())  # pyright: ignore[reportAttributeAccessIssue]  # DeepSpeed's has none
         for rank, state in enumerate(random_states):
             name = "rng_state.pth" if len(random_states) == 1 else f"rng_state_{rank}.pth"
@@ -560,6 +611,20 @@ class SupervisedTrainer(Trainer):
         assert target is not None
         load_trainable(target, Path(resume_from_checkpoint))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.model is None or not is_sharded(self.model):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        folder = Path(checkpoint)
+        # from the file piece by piece: all of it is too much for one process's device
+        state = torch.load(
+            folder / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True
+        )
+        load_optimizer(self.optimizer, state)
+        state = torch.load(folder / "scheduler.pt", map_location="cpu", weights_only=True)
+        self.lr_scheduler.load_state_dict(state)  # pyright: ignore[reportAttributeAccessIssue]  # DeepSpeed's has none
+
     def _take_best(self) -> None:
         ranked = [step for _, step in sorted(self._evaluations())]
         assert self._checkpoints is not None and self.model is not None
@@ -582,6 +647,10 @@ class SupervisedTrainer(Trainer):
         load_trainable(self.model, found.path)
         what = "the lowest" if found.step == ranked[0] else "the lowest of those that are left"
         report(f"took the weights of step {found.step}, which had {what} validation loss")
+
+
+def _rows_of(batch: dict[str, Tensor]) -> list[int]:
+    return [row if row >= 0 else ~row for row in batch["rows"].tolist()]
 
 
 class _Steps(TrainerCallback):
