@@ -273,6 +273,8 @@ for job in json.loads(sys.stdin.read()):
                 load_in_4bit=True, bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=job["double"], bnb_4bit_compute_dtype=torch.float32)
         base = AutoModelForCausalLM.from_pretrained(job["base"], **options)
+        for module in base.modules():
+            module.support_avx512bf16_for_cpu = False  # it would round the scales to bf16
         model = PeftModel.from_pretrained(base, job["adapter"])
     with torch.inference_mode():
         torch.save(model.eval()(tokens).logits[:, -20:].clone(), job["out"])
@@ -506,3 +508,19 @@ def test_code_of_a_model_runs_only_when_it_is_pinned(
         base_model.resolve(f"{changed}{base_model.CODE_PIN}{pin}")
     with pytest.raises(ModelError, match="has no code of its own"):
         base_model.resolve(f"{model_reference('qwen2')}{base_model.CODE_PIN}{pin}")
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_an_evaluation_leaves_4_bit_weights_as_they_are(tiny_model: Path, double: bool) -> None:
+    """bitsandbytes would pack them for inference on some CPUs: no gradient passes them then."""
+    model = load_base(tiny_model, quantization=Quantization(double))
+    weight = next(p for p in model.parameters() if getattr(p, "quant_state", None) is not None)
+    before = weight.data.clone(), weight.quant_state.absmax.clone()
+    tokens = torch.arange(5, 25).unsqueeze(0)
+    with torch.inference_mode():
+        model.eval()(tokens)
+    assert torch.equal(weight.data, before[0])
+    assert torch.equal(weight.quant_state.absmax, before[1])
+    inputs = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    model.train()(inputs_embeds=inputs).logits.sum().backward()
+    assert inputs.grad is not None and float(inputs.grad.abs().sum()) > 0

@@ -67,8 +67,21 @@ def load_base(
             f"{str(error).splitlines()[0] if str(error) else 'no details'}"
         ) from error
     if quantization is not None:
+        keep_4_bit_weights(model)
         return model
     return model.to(device)  # pyright: ignore[reportArgumentType]
+
+
+def keep_4_bit_weights(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew for inference.
+
+    On a CPU with AVX-512 BF16 it does that at the first forward pass in evaluation mode, and for
+    good: scales are rounded to bf16, and no gradient passes through the layer any more, without an
+    error. A validation amid training would end the learning, and a merge would meet other weights.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # not of every module
 
 
 def load_skeleton(path: Path, *, trust_code: bool = False) -> PreTrainedModel:
