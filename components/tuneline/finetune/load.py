@@ -66,8 +66,8 @@ def load_base(
             f"{path} can't be loaded as a causal language model: {type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else 'no details'}"
         ) from error
+    keep_4_bit_weights(model)  # also of a folder that is in 4 bits itself
     if quantization is not None:
-        keep_4_bit_weights(model)
         return model
     return model.to(device)  # pyright: ignore[reportArgumentType]
 
