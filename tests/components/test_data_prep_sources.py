@@ -158,7 +158,9 @@ def test_a_bucket_without_its_package_says_what_to_install(outcome: Prepare) -> 
 
 
 def test_a_hub_data_set_that_cannot_be_had_is_one_sentence(outcome: Prepare) -> None:
-    with pytest.raises(DataError, match=r"org/none.* can't be had from the hub: \w+"):
+    with pytest.raises(
+        DataError, match=r"org/none: the hub does not say which commit that is: \w+"
+    ):
         outcome({"path": "hf://org/none", "config": "c", "split": "test"})
     with pytest.raises(DataError, match="not of the form"):
         outcome("hf://none")

@@ -20,7 +20,12 @@ from tuneline.artifacts import Artifact
 from tuneline.base_model import BaseModel
 from tuneline.data_prep.prepare import prepare
 from tuneline.errors import ArtifactError, MethodError, RecipeError
-from tuneline.finetune.load import load_base, load_tuned, parameter_count
+from tuneline.finetune.load import (
+    load_base,
+    load_tuned,
+    parameter_count,
+    wrong_4_bit_widths,
+)
 from tuneline.finetune.loss import supervised_nll
 from tuneline.finetune.methods import METHODS, Method
 from tuneline.finetune.methods.method import MethodSettings, Quantization
@@ -524,3 +529,24 @@ def test_an_evaluation_leaves_4_bit_weights_as_they_are(tiny_model: Path, double
     inputs = model.get_input_embeddings()(tokens).detach().requires_grad_()
     model.train()(inputs_embeds=inputs).logits.sum().backward()
     assert inputs.grad is not None and float(inputs.grad.abs().sum()) > 0
+
+
+def test_a_width_that_bitsandbytes_gets_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel for CPUs with AVX-512 is, at 48 inputs; here every machine's is made to be."""
+    from bitsandbytes import functional
+
+    layers = torch.nn.ModuleDict()
+    for width in (48, 64):
+        weight = torch.nn.Parameter(torch.zeros(4, 1), requires_grad=False)
+        _, weight.quant_state = functional.quantize_4bit(torch.randn(8, width))
+        layers[str(width)] = torch.nn.Module()
+        layers[str(width)].weight = weight
+    right = functional.dequantize_4bit
+
+    def wrong_at_48(packed: torch.Tensor, state: functional.QuantState) -> torch.Tensor:
+        plain = right(packed, state)
+        return plain.flip(0) if state.shape[-1] == 48 else plain
+
+    monkeypatch.setattr(functional, "dequantize_4bit", wrong_at_48)
+    assert wrong_4_bit_widths(layers) == [48]
+    assert wrong_4_bit_widths(torch.nn.Linear(48, 48)) == []

@@ -435,12 +435,13 @@ def test_the_first_process_s_time_for_a_checkpoint_decides_when_the_next_one_is_
 
     assert in_two_processes(work) == [True, True]
     written = [path.name for path in (folder / "key").glob("step-*")]
-    assert written == ["step-00000001"], "of 2 s, a twentieth of the time at most"
+    # of 2 s, a twentieth of the time at most; those at 6 and 12 hold the lowest validation loss
+    assert sorted(written) == ["step-00000001", "step-00000006", "step-00000012"]
 
 
 def test_rows_that_are_not_finite_are_named_by_every_process(in_two_processes: Agreement) -> None:
     data = [{**DATA[0], "row": number} for number in range(6)]
-    data[4]["input_ids"] = [5, 210, 7]
+    data[2]["input_ids"] = [5, 210, 7]
 
     def work(rank: int) -> None:
         trainer = trainer_of(
@@ -452,7 +453,7 @@ def test_rows_that_are_not_finite_are_named_by_every_process(in_two_processes: A
 
     one, other = in_two_processes(work)
     assert isinstance(one, TrainingError) and str(one) == str(other)
-    assert "the loss is nan at step 3, in rows [4] (counted from 0)" in str(one)
+    assert "the loss is nan at step 2, in rows [2] (counted from 0)" in str(one)
 
 
 @pytest.mark.slow
@@ -464,7 +465,9 @@ def test_compiled_training_has_the_same_losses(
 ) -> None:
     def work(rank: int) -> list[list[dict]]:
         return [
-            history_of(in_two_processes.folder, rank, compiles=compiles, shard_in=shard_in)
+            history_of(
+                in_two_processes.folder / str(compiles), rank, compiles=compiles, shard_in=shard_in
+            )
             for compiles in (False, True)
         ]
 

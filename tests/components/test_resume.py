@@ -16,7 +16,7 @@ from tuneline.data_prep.prepare import prepare
 from tuneline.errors import Terminated, TrainingError
 from tuneline.finetune.arguments import training_arguments
 from tuneline.finetune.batching import collate
-from tuneline.finetune.checkpoint import Checkpoints, Schedule, save_trainable
+from tuneline.finetune.checkpoint import Checkpoints, Schedule, save_trainable, trainable
 from tuneline.finetune.checkpoint_store import MARKER
 from tuneline.finetune.methods.lora import METHOD, LoraSettings, attach
 from tuneline.finetune.train import finetune
@@ -258,7 +258,10 @@ def test_a_lost_best_checkpoint_costs_a_warning_and_not_the_run(
             with torch.no_grad():
                 before = weight.clone()
                 weight.fill_(0.125)
-                checkpoints.write(survivor, {}, lambda folder: save_trainable(model, folder), best)
+                weights = trainable(model)
+                checkpoints.write(
+                    survivor, {}, lambda folder: save_trainable(weights, folder), best
+                )
                 weight.copy_(before)
         trainer._take_best()
         output = capsys.readouterr().out
