@@ -82,7 +82,7 @@ class ContractLimits(Settings):
     """
 
     max_bad_fraction: float = Field(default=0.0, ge=0, le=1)
-    """Rows that can't be used: malformed, no answer, refused by the template, and so on."""
+    """Rows of each source that can't be used: malformed, no answer, refused by the template, ..."""
     max_too_long_fraction: float = Field(default=0.5, ge=0, le=1)
     """Rows that `overflow: drop` takes out."""
     max_duplicate_fraction: float = Field(default=0.5, ge=0, le=1)
@@ -96,7 +96,7 @@ class ContractLimits(Settings):
     min_supervised_token_fraction: float = Field(default=0.001, ge=0, le=1)
     """Supervised share of the training tokens."""
     min_eos_fraction: float = Field(default=0.9, ge=0, le=1)
-    """Training rows that end with a supervised token that generation stops at."""
+    """Supervised turns of training rows that end with a token that generation stops at."""
     min_round_trip_fraction: float = Field(default=1.0, ge=0, le=1)
     """Checked rows whose tokens are those that serving renders."""
 
