@@ -15,7 +15,8 @@ fail() { echo "no Docker: $*" >&2; exit 1; }
 have() { command -v "$1" > /dev/null; }
 
 wanted=()
-have docker || wanted+=(docker.io containerd)
+# a client alone is no engine
+have docker && { have dockerd || docker info > /dev/null 2>&1; } || wanted+=(docker.io containerd)
 have debootstrap || wanted+=(debootstrap)
 if ((${#wanted[@]})); then
     [[ $(id -u) == 0 ]] && have apt-get || fail "${wanted[*]} can't be installed without root and apt-get"
