@@ -178,6 +178,12 @@ class Spool:
                 if self._abandoned.is_set():  # the next one has sent them, and removed the file
                     return
                 raise
+            except OSError as error:  # of a shared volume, for a moment
+                self._complain(error)
+                self._closing.wait(_LINGER_SECONDS)
+                if self._closing.is_set():
+                    self._abandoned.wait(_LINGER_SECONDS)
+                continue
             batch: list[Entry] = []
             end = self._sent
             for entry, position in waiting:
@@ -205,9 +211,7 @@ class Spool:
                 self.refused = True
                 return
             except RegistryError as error:
-                if not self._complained:
-                    report(f"warning: metrics wait in {self._path} until MLflow is back: {error}")
-                    self._complained = True
+                self._complain(error)
                 if self._closing.is_set():  # whoever closes decides how long
                     self._abandoned.wait(_LINGER_SECONDS)
                 elif not self._closing.wait(pause):
@@ -222,13 +226,21 @@ class Spool:
             if len(batch) == len(waiting):
                 self._closing.wait(_LINGER_SECONDS)
 
+    def _complain(self, error: Exception) -> None:
+        if not self._complained:
+            report(f"warning: metrics wait in {self._path} until MLflow is back: {error}")
+            self._complained = True
+
     def _note_sent(self, end: int) -> None:
         aside = self._sent_path.with_suffix(".partial")
-        with aside.open("w") as file:
-            file.write(str(end))
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(self._sent_path)
+        try:
+            with aside.open("w") as file:
+                file.write(str(end))
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(self._sent_path)
+        except OSError as error:  # a later one says it; a process that starts anew asks MLflow
+            report(f"warning: {self._sent_path} can't be written: {error}")
         self._sent = end
 
 

@@ -476,7 +476,10 @@ def merge(
         else:
             write(Path(output))
             if run_id and (place := by_uri.leave(Path(output))):
-                step.log_params({"model": place})
+                try:
+                    step.log_params({"model": place})
+                except RegistryError as error:  # as above
+                    report(f"warning: the model's place is not in MLflow: {error}")
 
 
 def register(
@@ -552,8 +555,8 @@ def check_compare(
     """Check a comparison's form and every leg.
 
     Returns:
-        The base model, the sections data and evaluation, and the legs. Each leg holds all that it
-        needs: in a loop kfp.local hands the item in for every output of an earlier task.
+        The base model, the sections data, evaluation and gate, and the legs. Each leg holds all
+        that it needs: in a loop kfp.local hands the item in for every output of an earlier task.
     """
     from tuneline.compare.legs import legs_of
 
@@ -570,6 +573,7 @@ def check_compare(
             resolved["model"]["base_model"],
             resolved["data"],
             resolved["evaluation"],
+            resolved["gate"],
             [
                 {
                     **leg,
@@ -637,7 +641,10 @@ def compare_leg(
             by_uri.leave(Path(adapter))
         if row["status"] == FAILED:
             report(f"{row['leg']} failed: {row['reason']}")
-            step.log_params({"failed": row["reason"]})
+            try:
+                step.log_params({"failed": row["reason"]})
+            except RegistryError as error:  # a leg that fails does not fail its step
+                report(f"warning: the reason is not in MLflow: {error}")
             if isinstance(step, TrackedStep):
                 step.failed = True
     return row

@@ -219,8 +219,15 @@ def _submit(options: argparse.Namespace) -> int:
     methods = [name.strip() for name in (options.methods or ALL).split(",") if name.strip()]
     if compares:
         legs_of(resolved, methods, source=str(options.recipe))
+    if options.images and options.package:
+        raise UsageError("--images compiles a package, --package names one: leave one of them out")
     connection = _connect(options)
     source = _source(options, connection, resolved)
+    if options.images and isinstance(source, client.Version):
+        complain(
+            f"warning: --images {options.images} has no effect: the run is of "
+            f"{source.version_name}, which is published with images of its own"
+        )
     package = source.package if isinstance(source, client.Version) else source
     _warn_of_images([package])
     token = options.submission_id or secrets.token_hex(6)

@@ -58,6 +58,7 @@ def build(place: Place, *, parallelism: int, default_pool: str) -> dsl.base_comp
             **shared,
             data=checked.outputs["data"],
             evaluation=checked.outputs["evaluation"],
+            gate=checked.outputs["gate"],
             expected={},
         ).after(pool)
         measured = measure_base(

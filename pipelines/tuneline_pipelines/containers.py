@@ -37,8 +37,8 @@ _HANDED_IN: Final = (
 """What the names of the variables begin with."""
 _LOCAL_SCHEMES: Final = ("", "sqlite", "file")
 _ADDRESSES: Final = (
-    "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3",
-    "TUNELINE_CHECKPOINTS",
+    "MLFLOW_TRACKING_URI", "TUNELINE_MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI",
+    "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "TUNELINE_CHECKPOINTS",
 )  # fmt: skip
 """Variables that name something that every run reaches."""
 

@@ -1,6 +1,7 @@
 """Large artifacts stay in an object store; a note of them is what is handed on."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,18 @@ def test_a_large_artifact_is_handed_on_as_a_note(
     client.put_object(Bucket="weights", Key=key, Body=json.dumps(manifest).encode())
     with pytest.raises(ArtifactError, match="has digest sha256:another, not"):
         by_uri.fetch(large)
+
+
+def test_a_step_that_is_tried_again_leaves_its_artifact_in_the_same_place(
+    large: Path, store_client: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store_client("weights")
+    monkeypatch.setenv(by_uri.VARIABLE, "s3://weights/again")
+    again = large.with_name("again")
+    shutil.copytree(large, again)
+    url = by_uri.leave(large)
+    assert url and by_uri.leave(again) == url
+    assert artifacts.load(by_uri.fetch(again), "merged_model")
 
 
 @pytest.mark.parametrize("root", ["", "gs://weights", "s3://no-such-bucket/here"])

@@ -26,6 +26,7 @@ def check_compare(
         ("base_model", str),
         ("data", dict),
         ("evaluation", dict),
+        ("gate", dict),
         ("Output", List[dict]),  # noqa: UP006  the legs: kfp.local loops over no other name
     ],
 ):

@@ -513,12 +513,15 @@ def pinned(source: Source) -> Source:
     repository, _, revision = source.path.removeprefix(_HUB).partition("@")
     if not source.path.startswith(_HUB) or _COMMIT.fullmatch(revision):
         return source
+    from httpx2 import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
         commit = HfApi().dataset_info(repository, revision=revision or None).sha or ""
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+    except (
+        HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, HTTPError, OSError
+    ) as error:  # fmt: skip
         raise DataError(
             f"data set {source.path}: the hub does not say which commit that is: "
             f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
@@ -532,6 +535,7 @@ def _hub(source: Source, digests: dict[str, str]) -> Iterator[Block]:
         raise DataError(f"data set {source.path} is not of the form {_HUB}org/name[@revision]")
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
+    from httpx2 import HTTPError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     # a branch or tag may move while it is read
@@ -553,7 +557,8 @@ def _hub(source: Source, digests: dict[str, str]) -> Iterator[Block]:
                     yield block
                 number += part.num_rows
     except (
-        DatasetsError, HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError, RuntimeError
+        DatasetsError, HfHubHTTPError, OfflineModeIsEnabled, HTTPError, OSError, ValueError,
+        RuntimeError,
     ) as error:  # fmt: skip
         raise DataError(
             f"data set {source.path} (config {source.config or 'default'}, split {source.split}) "

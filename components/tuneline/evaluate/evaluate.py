@@ -15,7 +15,7 @@ from tuneline.artifacts import Artifact, digest_of
 from tuneline.base_model import BaseModel
 from tuneline.data_prep import chat
 from tuneline.data_prep.prepare import CONTRACT
-from tuneline.errors import ArtifactError, DataError, ModelError
+from tuneline.errors import ArtifactError, DataError, ModelError, RegistryError
 from tuneline.evaluate.bootstrap import CONFIDENCE, RESAMPLES
 from tuneline.evaluate.champion import Champion, current_champion, why_not_comparable
 from tuneline.evaluate.compare import BASE, CHAMPION, TUNED, compare, compare_texts
@@ -128,7 +128,10 @@ def evaluate(
             },
         )
     step.log_metrics(_figures(result))
-    step.log_file(output / HTML)
+    try:
+        step.log_file(output / HTML)
+    except RegistryError as error:  # the report is there; a retry would measure it all again
+        report(f"warning: the report is not in MLflow: {error}")
     _tell(result)
     return artifacts.load(output, "eval_report")
 
@@ -182,7 +185,7 @@ def check_fits(
             applies to none.
     """
     rows, _ = read_rows(base, dataset, evaluation.max_rows)
-    slices_of(rows, evaluation.slices)
+    found = slices_of(rows, evaluation.slices)
     if gate is None:
         return
     if gate.metric in METRICS:  # a package's own may not be in every step's image
@@ -192,6 +195,15 @@ def check_fits(
             f"warning: {len(rows)} test rows are fewer than gate.min_rows {gate.min_rows}, so the "
             "gate will refuse: give more rows, or raise data.test_fraction or evaluation.max_rows"
         )
+    for column in {place.partition("=")[0] for place in gate.slice_floors}:
+        for value, positions in found.get(column, {}).items():
+            if len(positions) < gate.min_slice_rows:
+                which = "without a value" if value is None else f"with {value!r}"
+                report(
+                    f"warning: {len(positions)} test rows {which} in column '{column}' are fewer "
+                    f"than gate.min_slice_rows {gate.min_slice_rows}: if gate.slice_floors covers "
+                    "them, the gate will refuse"
+                )
 
 
 def _check_prepared_for(dataset: Artifact, base: BaseModel) -> None:

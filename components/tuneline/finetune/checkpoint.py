@@ -357,6 +357,7 @@ class Checkpoints:
             self._damaged.add(path.name)
             self._sound.pop(step, None)
         else:
+            self._damaged.discard(path.name)  # one from beside has taken its place
             self._sound[step] = found.notes
         return found
 

@@ -117,7 +117,10 @@ def _called(model: Any, candidates: list[nn.Linear]) -> list[nn.Linear]:
     try:
         # the random numbers of training stay where they are
         with torch.no_grad(), torch.random.fork_rng():
-            model(input_ids=torch.tensor([[1, 2]]), use_cache=False)
+            ids = torch.tensor([[1, 2]])
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return []  # a model that takes other arguments: what it calls can't be told
     finally:
         model.train(was_training)
         for hook in hooks:

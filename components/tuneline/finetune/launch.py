@@ -20,8 +20,8 @@ from tuneline.errors import Terminated, TrainingError, UsageError
 
 VARIABLE: Final = "TUNELINE_PROCESSES"
 """How many processes train; unset: one for each accelerator."""
-_DEVICES: Final = ("/dev/nvidia0", "/dev/kfd")
-"""One of them is there where CUDA or ROCm has an accelerator."""
+_DEVICES: Final = ("/dev/nvidiactl", "/dev/kfd")
+"""One of them is there where CUDA or ROCm has an accelerator, whichever of the node's it is."""
 _ERROR: Final = "error: "
 _KILLED: Final = "exitcode  : -9"
 _STOPPED: Final = "finetune was stopped by SIGTERM; "

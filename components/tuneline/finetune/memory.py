@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from tuneline.errors import TrainingError
 from tuneline.progress import peak_memory_bytes
@@ -59,9 +60,14 @@ def peak_bytes() -> int:
 def static_bytes(model: nn.Module) -> int:
     """Of weights, gradients and optimizer."""
     return sum(
-        parameter.numel() * (parameter.element_size() + _TRAINED_BYTES * parameter.requires_grad)
+        _numel(parameter) * (parameter.element_size() + _TRAINED_BYTES * parameter.requires_grad)
         for parameter in model.parameters()
     )
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """Of this process: where parameters are divided, its part."""
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
 
 
 def token_bytes(config: Any, element_bytes: int, *, checkpointing: bool) -> int:
@@ -124,7 +130,7 @@ def sentence(
     """
     static = static_bytes(model)
     each = token_bytes(getattr(model, "config", None), element_bytes, checkpointing=checkpointing)
-    trained = static - sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = static - sum(_numel(p) * p.element_size() for p in model.parameters())
     taken = measured.peak - measured.start - trained
     if measured.tokens and taken > 0:
         each = taken // measured.tokens

@@ -65,32 +65,31 @@ def finetune(
     method = method_of(method_config)
     training = with_learning_rate(training, method)
     identity = run_identity(base.digest, dataset.digest, method_config, training)
-    with (
-        artifacts.writing(output) as aside,
-        checkpoints_of(identity, output, limit=training.save_total_limit) as checkpoints,
-    ):
-        with _saying_where_it_goes_on(checkpoints):
-            history = _train(
-                base, dataset, method, method_config, training, aside, step, checkpoints
+    with checkpoints_of(identity, output, limit=training.save_total_limit) as checkpoints:
+        with artifacts.writing(output) as aside:
+            with _saying_where_it_goes_on(checkpoints):
+                history = _train(
+                    base, dataset, method, method_config, training, aside, step, checkpoints
+                )
+            with (aside / HISTORY).open("w", encoding="utf-8") as file:
+                for entry in history:
+                    # sorted, as a resumed run's come back: the same run is the same artifact
+                    file.write(json.dumps(entry, sort_keys=True) + "\n")
+            artifacts.seal(
+                aside,
+                kind="adapter",
+                config={
+                    "method": method_config.model_dump(mode="json"),
+                    "training": training.model_dump(mode="json"),
+                },
+                base_model=base.identity(),
+                inputs={"prepared_dataset": dataset.digest},
             )
-        with (aside / HISTORY).open("w", encoding="utf-8") as file:
-            for entry in history:
-                # sorted, as a resumed run's come back: the same run is the same artifact
-                file.write(json.dumps(entry, sort_keys=True) + "\n")
-        artifacts.seal(
-            aside,
-            kind="adapter",
-            config={
-                "method": method_config.model_dump(mode="json"),
-                "training": training.model_dump(mode="json"),
-            },
-            base_model=base.identity(),
-            inputs={"prepared_dataset": dataset.digest},
-        )
-    adapter = artifacts.load(output, "adapter")
-    if not training.keep_checkpoints:
-        checkpoints.discard()
-    return adapter
+        adapter = artifacts.load(output, "adapter")
+        # while they are locked: a second process that waits for them must not get them first
+        if not training.keep_checkpoints:
+            checkpoints.discard()
+        return adapter
 
 
 @contextmanager

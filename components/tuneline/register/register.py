@@ -94,7 +94,9 @@ def register(
         else:
             report(f"{model_name} version {number} is already of this work: nothing to register")
         _log_lineage(evaluation, step)
-        if described[tags.GATE] == tags.PASSED:
+        # of the version: one that is there already may be of another run's evaluation
+        found = client.get_model_version(model_name, str(number))
+        if found.tags.get(tags.GATE) == tags.PASSED:
             _set_challenger(client, model_name, number)
     return number
 

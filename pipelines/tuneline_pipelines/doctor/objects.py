@@ -244,9 +244,12 @@ def _without_login(
 ) -> Finding:
     uri = shown(values.get(CLUSTER_URI_VARIABLE, ""))
     if isinstance(plugin, Plugin) and plugin.keys:
-        return ok(
-            title, f"not there; KFP's MLflow plugin hands {mlflow_plugin.SECRET} to the steps"
-        )
+        handed = f"KFP's MLflow plugin hands {mlflow_plugin.SECRET} to the steps"
+        if uri and wants_login is not False:
+            return warning(
+                title, f"not there; {handed}, but not to scheduled runs, which pass it by", create
+            )
+        return ok(title, f"not there; {handed}")
     if not uri:
         return warning(title, "not there", create)
     if wants_login is None:
