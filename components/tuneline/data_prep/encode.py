@@ -13,6 +13,7 @@ presence says that the block is whole:
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import math
@@ -590,7 +591,6 @@ _Submit = Callable[[int, Block, Path], Future[None]]
 
 
 def _start_worker(plans: list[Plan]) -> None:
-    import gc
     import multiprocessing
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is parallel enough
@@ -697,11 +697,15 @@ def _threads(plans: list[Plan], workers: int) -> Iterator[_Submit]:
             encoders[plan] = Encoder(plans[plan])
         encoders[plan].encode(block, path)
 
+    collects = gc.isenabled()
+    gc.disable()  # few blocks, without cycles; a collection would walk all rows of a block
     with ThreadPoolExecutor(workers) as pool:
         try:
             yield partial(pool.submit, encode)
         finally:
             pool.shutdown(cancel_futures=True)
+            if collects:
+                gc.enable()
 
 
 @contextlib.contextmanager
