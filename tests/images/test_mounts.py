@@ -78,7 +78,7 @@ def test_checkpoints_elsewhere_can_be_written_also_inside_of_the_cache(
 @pytest.mark.parametrize(
     ("name", "value", "network"),
     [
-        ("MLFLOW_TRACKING_URI", "sqlite:////work/mlflow.db", "none"),
+        ("MLFLOW_TRACKING_URI", "sqlite:////data/mlflow.db", "none"),
         ("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000", "host"),
         ("MLFLOW_TRACKING_URI", "https://mlflow.example.org", "bridge"),
         ("MLFLOW_REGISTRY_URI", "https://registry.example.org", "bridge"),
