@@ -102,6 +102,22 @@ def test_a_layer_that_is_never_called_is_left() -> None:
     assert len(layers) == 10 and not any("unused" in name for name in layers)
 
 
+def test_activations_that_are_computed_again_give_the_same_gradients() -> None:
+    ids = torch.randint(3, 300, (2, 16), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    gradients = []
+    for again in (False, True):
+        model = tuned()
+        assert rounded(model)
+        if again:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        supervised_nll(model.train(), batch)[0].backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    kept, computed = gradients
+    assert kept.keys() == computed.keys() and len(kept) > 10
+    assert all(torch.equal(kept[name], computed[name]) for name in kept)
+
+
 def test_training_follows_fp32() -> None:
     """The same rows and steps. At three times this rate fp32 itself is unstable here."""
     ids = torch.randint(3, 300, (4, 24), generator=torch.Generator().manual_seed(1))
