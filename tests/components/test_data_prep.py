@@ -236,7 +236,7 @@ def test_signatures_estimate_the_jaccard_similarity(replaced: int, seed: int) ->
     draw = random.Random(seed)
     left = [f"{draw.random()}" for _ in range(200)]
     right = [f"{draw.random()}" for _ in range(replaced)] + left[replaced:]
-    pair = signatures([" ".join(left), " ".join(right)])
+    pair = signatures([left, right])
     sets = [
         {tuple([*words, "", "", "", ""][i : i + 5]) for i in range(len(words))}
         for words in (left, right)
@@ -255,7 +255,7 @@ def test_similar_rows_are_found_among_many(tmp_path: Path) -> None:
     spaced = " ".join(chr(0x5E00 + n) + chr(0x5F00 + n) for n in range(100))
     texts += ["", "short", "short", chinese, chinese + "x", spaced, spaced.replace(" ", "")]
     scratch = Scratch(tmp_path / "scratch")
-    scratch.add(signatures(texts))
+    scratch.add(signatures(list(map(units, texts))))
     scratch.finish()
     group = np.zeros(len(texts), np.int64)
     group[1:100:2] = 2

@@ -255,6 +255,65 @@ def test_a_tokenizer_that_prefixes_a_space_is_encoded_whole(answer: str) -> None
     assert row.input_ids == whole and stop == len(whole)
 
 
+def chats_of_one_system(renderer: Renderer, rows: list[tuple[str, str]]) -> list[Any]:
+    system = [{"role": "system", "content": "be kind"}]
+    try:
+        renderer.template_text([*system, {"role": "user", "content": "q"}])
+    except BadRow:  # no role of that name
+        system = []
+    chats = [
+        [*system, {"role": "user", "content": q}, {"role": "assistant", "content": a}]
+        for q, a in rows
+    ]
+    return [rendered for messages in chats for rendered in renderer.render(Record(messages))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(rows=st.lists(st.tuples(texts, texts), min_size=8, max_size=12))
+@settings(max_examples=25, deadline=None)
+def test_a_start_that_prompts_share_changes_no_token(
+    family: str, rows: list[tuple[str, str]]
+) -> None:
+    renderer, _, _ = renderer_of(family)
+    rendered = chats_of_one_system(renderer, rows)
+    assert renderer.encode(rendered) == [renderer.encode([one])[0] for one in rendered]
+    prompts = [one.text[: one.spans[0][0]] for one in rendered]
+    if family in ("chatml", "llama3", "smollm", "qwen3"):  # and their system message is in it
+        assert "be kind" in renderer._shared_start(prompts)
+    assert renderer._sharing == 8
+
+
+@pytest.mark.parametrize(
+    ("token", "flags"),
+    [
+        ("<|im_start|>", {"rstrip": True}),
+        ("<|im_start|>", {"lstrip": True}),
+        ("<|im_start|>", {"normalized": True}),
+        ("<|im_start|>", {"single_word": True}),
+        ("<|im_start|>user\n ", {"special": False}),
+        ("start|>user\n ", {"special": False}),
+    ],
+)
+def test_no_start_is_shared_up_to_a_token_that_reaches_over_its_border(
+    token: str, flags: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenizers import AddedToken, Tokenizer
+
+    made = renderer_of("chatml")[0].format
+    backend = Tokenizer.from_str(made.tokenizer)
+    backend.add_tokens([AddedToken(token, **({"normalized": False, "special": True} | flags))])
+    renderer = Renderer(replace(made, tokenizer=backend.to_str()))
+    rendered = chats_of_one_system(renderer, [(f" a{n}", "b") for n in range(9)])
+    one_by_one = [renderer.encode([one])[0] for one in rendered]
+    prompts = [one.text[: one.spans[0][0]] for one in rendered]
+    assert renderer._shared_start(prompts).endswith("<|im_end|>")
+    assert renderer.encode(rendered) == one_by_one
+    # where a border is taken for clean that is none, it is seen, and nothing is shared any more
+    monkeypatch.setattr(renderer, "_separates", lambda control: True)
+    assert renderer._shared_start(prompts).endswith("<|im_start|>")
+    assert renderer.encode(rendered) == one_by_one
+
+
 def test_only_the_last_answer_or_everything_is_learned_where_that_is_asked_for() -> None:
     base = renderer_of("chatml")[0].format
     messages = [

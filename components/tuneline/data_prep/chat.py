@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -47,6 +49,8 @@ FALLBACK_TEMPLATES: Final = {
     ),
 }
 _WORDS_REMEMBERED: Final = 100_000
+_SHARING: Final = 8
+"""So many prompts at least are looked at for a start that they share."""
 _THINKING: Final = re.compile(r"</?(?:\w+:)?think(?:ing)?>")
 _STUMBLES: Final = (
     ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
@@ -180,17 +184,10 @@ def chat_format(tokenizer: Any, folder: Path | None = None, fallback: str = "") 
         raise DataError(
             f"the chat template of {tokenizer.name_or_path} is malformed: {error}"
         ) from error
-    from tokenizers import processors
-
-    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-    # Some families (Llama 3) trim white space off the offsets, which would take the spaces out of
-    # the mask. The post-processor is of no other use here: templates write the special tokens.
-    backend.post_processor = processors.Sequence([])
-    backend.no_truncation()
+    backend = tokenizer.backend_tokenizer
     stops = frozenset(_stop_ids(tokenizer, folder))
-    backend.no_padding()
     return ChatFormat(
-        tokenizer=backend.to_str(),
+        tokenizer=_bare(backend),
         template=template,
         template_name=name,
         special_tokens=dict(tokenizer.special_tokens_map),
@@ -204,6 +201,36 @@ def chat_format(tokenizer: Any, folder: Path | None = None, fallback: str = "") 
         stop_tokens=tuple(sorted(filter(None, map(backend.id_to_token, stops)))),
         longest_token=max(map(len, backend.get_vocab())),
     )
+
+
+def _bare(backend: Any) -> str:
+    """A tokenizer of `tokenizers` as JSON, without what it does to a text's tokens afterwards.
+
+    Some families (Llama 3) trim white space off the offsets there, which would take the spaces out
+    of the mask. It is of no other use here: templates write the special tokens.
+    """
+    from tokenizers import processors
+
+    kept = backend.post_processor
+    backend.no_truncation()  # transformers sets both anew at each call
+    backend.no_padding()
+    backend.post_processor = processors.Sequence([])
+    try:
+        return backend.to_str()
+    finally:
+        backend.post_processor = kept
+
+
+def backend_of(text: str) -> Any:
+    """The tokenizer of a `ChatFormat`; threads may share it."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(text)
+    # By default 10,000 words are remembered, fewer than a language has: 1.1 times as fast.
+    resize = getattr(backend.model, "_resize_cache", None)
+    if resize is not None:
+        resize(_WORDS_REMEMBERED)
+    return backend
 
 
 def _adds_bos(tokenizer: Any) -> bool:
@@ -228,10 +255,11 @@ class Renderer:
 
     format: ChatFormat
     loss: Loss = "assistant"
+    backend: Any = None
+    """Of `backend_of`; several may share one."""
     _ends: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        from tokenizers import Tokenizer
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         self._template = _compile_jinja_template(self.format.template)
@@ -243,11 +271,7 @@ class Renderer:
             **self.format.special_tokens,
         }
         self._context = self._template.new_context(self._names, shared=True)
-        self.backend = Tokenizer.from_str(self.format.tokenizer)
-        # By default 10,000 words are remembered, fewer than a language has: 1.1 times as fast.
-        resize = getattr(self.backend.model, "_resize_cache", None)
-        if resize is not None:
-            resize(_WORDS_REMEMBERED)
+        self.backend = self.backend or backend_of(self.format.tokenizer)
         # what generation stops at need not be flagged as special in the tokenizer
         controls = (*self.format.controls, *self.format.stop_tokens)
         # any special token may end a turn: <|im_end|>, <|eot_id|>, </s>, <end_of_turn>, ...
@@ -262,6 +286,8 @@ class Renderer:
         # apart would start with one that serving does not have
         self._apart = self.backend.encode("b", add_special_tokens=False).tokens == ["b"]
         self._clean_border = lru_cache(65536)(self._clean_border_of)
+        self._separates = lru_cache(1024)(self._separates_of)
+        self._sharing = _SHARING
 
     def _ids(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -432,18 +458,50 @@ class Renderer:
         return encoded
 
     def _encode_apart(self, rows: Sequence[Rendered], into: Sequence[list[Tokens]]) -> None:
+        prompts = [row.text[: row.spans[0][0]] for row in rows]
+        shared = self._shared_start(prompts) if len(rows) >= self._sharing else ""
+        cut, head = len(shared), self._ids(shared)
         texts = []
         for row in rows:
             start, end = row.spans[0]
-            texts.append(row.text[:start])
+            texts.append(row.text[cut:start])
             texts.append(row.text[start:end])
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        if shared and head + encodings[0].ids != self._ids(prompts[0]):
+            self._sharing = sys.maxsize  # a kind of tokenizer that was not thought of
+            self._encode_apart(rows, into)
+            return
         for position, tokens in enumerate(into):
-            prompt, answer = encodings[2 * position].ids, encodings[2 * position + 1].ids
+            prompt = head + encodings[2 * position].ids
             start = len(prompt)
-            prompt += answer
+            prompt += encodings[2 * position + 1].ids
             span = (max(start, 1), len(prompt))
             tokens.append(Tokens(prompt, (span,) if span[0] < span[1] else ()))
+
+    def _shared_start(self, prompts: Sequence[str]) -> str:
+        """What all prompts start with, as a system message, up to a control token.
+
+        A control token is cut out of a text before the rest is split into words, so that what
+        follows it has the same tokens alone: only those are taken for which that holds.
+        """
+        shared = commonprefix(prompts)  # noqa: RUF071  characters are meant
+        ends = [
+            found.end()
+            for found in self._controls.finditer(shared)
+            if self._separates(found.group())
+        ]
+        return shared[: ends[-1]] if ends else ""
+
+    def _separates_of(self, control: str) -> bool:
+        added = self.backend.get_added_tokens_decoder().values()
+        return all(
+            not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+            if token.content == control
+            # one that could be found across the control's end in its place
+            else control not in token.content
+            and not any(control.endswith(token.content[:n]) for n in range(1, len(token.content)))
+            for token in added
+        ) and any(token.content == control for token in added)
 
     def _encode_whole(self, rows: Sequence[Rendered], into: Sequence[list[Tokens]]) -> list[int]:
         """Encode each text as a whole; returns the positions of rows that have to be taken apart.

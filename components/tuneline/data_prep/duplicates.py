@@ -15,8 +15,8 @@ bytes a row.
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Callable, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -41,18 +41,20 @@ _HAS_ALONE: Final = re.compile(f"[{_ALONE}]")
 _WORD: Final = re.compile(rf"[{_ALONE}]|[^\s{_ALONE}]+")
 
 
-def signatures(texts: Sequence[str]) -> np.ndarray:
-    """MinHash signatures, (N, 128) uint32."""
+def signatures(rows: Sequence[Sequence[str]]) -> np.ndarray:
+    """MinHash signatures of rows of words, (N, 128) uint32."""
     import numpy as np
     from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]  it ships no types
 
-    if not texts:
+    if not rows:
         return np.empty((0, PERMUTATIONS), np.uint32)
-    # each row is padded, so that it has a sequence for each of its words, also if they are few
-    words = [[*units(text), *_PADDING] for text in texts]
-    counts = np.fromiter(map(len, words), np.int64, len(words))
-    hashes = RMinHash.hash_token_sets(words)
-    flat = np.fromiter(chain.from_iterable(hashes), np.uint64, int(counts.sum()))
+    words: list[str] = []
+    for row in rows:  # padded, so that a row has a sequence for each of its words, also if few
+        words += row
+        words += _PADDING
+    counts = np.fromiter(map(len, rows), np.int64, len(rows)) + len(_PADDING)
+    (hashes,) = RMinHash.hash_token_sets([words])
+    flat = np.fromiter(hashes, np.uint64, len(hashes))
     mixed = flat.copy()
     factor = np.uint64(_FACTOR)
     keep = np.ones(len(flat), bool)
@@ -65,10 +67,10 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(
         mixed[keep], offsets, PERMUTATIONS, _SEED
     )
-    values = np.fromiter(
-        chain.from_iterable(matrix.to_rows()), np.uint32, len(texts) * PERMUTATIONS
-    )
-    return values.reshape(-1, PERMUTATIONS)
+    values = array("I")  # takes Python's numbers three times as fast as numpy
+    for row in matrix.to_rows():
+        values.fromlist(row)
+    return np.frombuffer(values, np.uint32).reshape(-1, PERMUTATIONS)
 
 
 def units(text: str) -> list[str]:

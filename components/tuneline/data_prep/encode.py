@@ -23,7 +23,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from functools import cache, partial
 from importlib.metadata import version
@@ -34,7 +34,16 @@ from typing import Any, Final, cast
 
 from tuneline.artifacts import digest_of
 from tuneline.base_model import cache_dir
-from tuneline.data_prep.chat import ChatFormat, Loss, Overflow, Rendered, Renderer, Tokens, fit
+from tuneline.data_prep.chat import (
+    ChatFormat,
+    Loss,
+    Overflow,
+    Rendered,
+    Renderer,
+    Tokens,
+    backend_of,
+    fit,
+)
 from tuneline.data_prep.duplicates import units
 from tuneline.data_prep.records import (
     FORMAT_COLUMNS,
@@ -73,7 +82,9 @@ _PRELOADED: Final = [
 _UNREADABLE: Final = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 """What Arrow's values raise that Python has no value for."""
 _CACHE_BYTES: Final = 20 * 10**9
-_FEW_BLOCKS: Final = 8
+_PARALLELISM: Final = "TOKENIZERS_PARALLELISM"
+"""Variable that `tokenizers` reads at each call."""
+_FEW_BLOCKS: Final = 16
 """Starting processes takes as long as encoding about this many blocks in them saves."""
 SPLITS: Final = ("train", "validation", "test")
 
@@ -164,28 +175,8 @@ def _read(path: Path) -> Any:
         ) from error
 
 
-@dataclass
-class _Columns:
-    """What the index of a block holds, row by row."""
-
-    row: list[int] = field(default_factory=list)
-    content: list[int] = field(default_factory=list)
-    opening: list[int] = field(default_factory=list)
-    question: list[int] = field(default_factory=list)
-    group: list[int] = field(default_factory=list)
-    id: list[int] = field(default_factory=list)
-    split: list[int] = field(default_factory=list)
-    pieces: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    supervised: list[int] = field(default_factory=list)
-    longest: list[int] = field(default_factory=list)
-    turns: list[int] = field(default_factory=list)
-    """Supervised ones."""
-    ends: list[int] = field(default_factory=list)
-    """Supervised turns with the token that generation stops at."""
-    test_row: list[str | None] = field(default_factory=list)
-
-
+# Of the index of a block, row by row; `turns` are supervised ones, `ends` those of them with the
+# token that generation stops at.
 _DTYPES: Final = {
     "row": "uint32", "content": "uint64", "opening": "uint64", "question": "uint64",
     "group": "uint64", "id": "uint64", "split": "int8", "pieces": "uint32", "tokens": "uint32",
@@ -197,17 +188,17 @@ _DTYPES: Final = {
 class Encoder:
     """Turns raw blocks into tokens, for one plan."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, backend: Any = None) -> None:
         self.plan = plan
-        self.renderer = Renderer(plan.format, plan.loss)
+        self.renderer = Renderer(plan.format, plan.loss, backend)
 
     def encode(self, block: Block, path: Path) -> None:
         """Write the block's rows and index beside `path`."""
         faults: list[tuple[int, str, str]] = []
         counts: Counter[str] = Counter(raw_rows=len(block.too_long), too_long=len(block.too_long))
         samples: list[dict[str, Any]] = []
-        columns = _Columns()
-        words: list[str] = []
+        entries: list[tuple[Any, ...]] = []
+        words: list[list[str]] = []
         sink = _RowSink(path)
         kept: list[tuple[int, Record, Any]] = []
         for row, value in _raw_rows(block, self.plan, counts):
@@ -234,9 +225,9 @@ class Encoder:
                 continue
             kept.append((row, record, (rendered, group, _identity(record.id))))
             if len(kept) == _ROWS_AT_ONCE:
-                self._encode_rows(kept, columns, words, sink, counts, samples)
+                self._encode_rows(kept, entries, words, sink, counts, samples)
                 kept.clear()
-        self._encode_rows(kept, columns, words, sink, counts, samples)
+        self._encode_rows(kept, entries, words, sink, counts, samples)
         sink.finish()
         bad = Counter(reason for _, reason, _ in faults)
         examples = []
@@ -249,7 +240,7 @@ class Encoder:
             "samples": samples,
             "rows_bytes": path.with_suffix(".rows").stat().st_size,
         }
-        _write_index(path, columns, words, metadata)
+        _write_index(path, entries, words, metadata)
 
     def _group(self, row: dict[str, Any]) -> int:
         """Hash of what the row is grouped by; 0 for nothing."""
@@ -257,8 +248,7 @@ class Encoder:
             return 0
         value = row.get(self.plan.group_by)
         if value is not None:
-            text = json.dumps(value, sort_keys=True, default=str)
-            return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") | 1
+            return _hash(json.dumps(value, sort_keys=True, default=str)) | 1
         if self.plan.role == "train":
             raise BadRow("missing_column", f"has no column '{self.plan.group_by}' to group by")
         return 0
@@ -266,13 +256,13 @@ class Encoder:
     def _encode_rows(
         self,
         kept: list[tuple[int, Record, Any]],
-        columns: _Columns,
-        words: list[str],
+        entries: list[tuple[Any, ...]],
+        words: list[list[str]],
         sink: _RowSink,
         counts: Counter[str],
         samples: list[dict[str, Any]],
     ) -> None:
-        plan = self.plan
+        plan, stops = self.plan, self.plan.format.stop_ids
         texts = [text for _, _, (rendered, _, _) in kept for text in rendered]
         encoded = iter(self.renderer.encode(texts))
         for row, record, (rendered, group, identity) in kept:
@@ -304,30 +294,31 @@ class Encoder:
             if not learnable:
                 counts["unsupervised"] += 1
                 continue
-            columns.row.append(row)
-            columns.content.append(content)
-            columns.opening.append(opened)
-            columns.question.append(_question(record))
-            columns.group.append(group)
-            columns.id.append(identity)
-            columns.split.append(SPLITS.index(split))
-            columns.pieces.append(len(learnable))
-            columns.tokens.append(sum(len(p.input_ids) for p in learnable))
-            columns.supervised.append(sum(e - s for p in learnable for s, e in p.spans))
-            columns.longest.append(max(len(p.input_ids) for p in learnable))
-            ends = [
-                p.input_ids[e - 1] in plan.format.stop_ids for p in learnable for _, e in p.spans
-            ]
-            columns.ends.append(sum(ends))
-            # a turn that is split over several pieces is one
-            turns = sum(len(t.spans) for t in whole) if overflow == "split" else len(ends)
-            columns.turns.append(turns)
-            columns.test_row.append(
-                self._test_row(record, rendered[-1], len(whole[-1].input_ids))
-                if split == "test" and plan.role != "evaluation"
-                else None
+            said, question = _words(record)
+            words.append(said)
+            lengths = [len(piece.input_ids) for piece in learnable]
+            spans = [(piece, span) for piece in learnable for span in piece.spans]
+            entries.append(
+                (
+                    row,
+                    content,
+                    opened,
+                    question,
+                    group,
+                    identity,
+                    SPLITS.index(split),
+                    len(learnable),
+                    sum(lengths),
+                    sum([end - start for _, (start, end) in spans]),
+                    max(lengths),
+                    # a turn that is split over several pieces is one
+                    sum(len(t.spans) for t in whole) if overflow == "split" else len(spans),
+                    sum([piece.input_ids[end - 1] in stops for piece, (_, end) in spans]),
+                    self._test_row(record, rendered[-1], len(whole[-1].input_ids))
+                    if split == "test" and plan.role != "evaluation"
+                    else None,
+                )
             )
-            words.append(record.words)
             counts["chats"] += bool(record.messages)
             if plan.role != "evaluation":
                 for piece in learnable:
@@ -454,8 +445,7 @@ def _readable_rows(table: Any, plan: Plan, counts: Counter[str]) -> list[Any]:
 def _hashes(record: Record) -> tuple[int, int]:
     """64-bit hashes of the whole row, and of its opening."""
     if not record.messages:
-        digest = hashlib.blake2b(record.text.encode(), digest_size=8).digest()
-        content = opened = int.from_bytes(digest, "big")
+        content = opened = _hash(record.text)
     else:
         start = len(opening(record.messages))
         state = hashlib.blake2b(digest_size=8)
@@ -471,15 +461,33 @@ def _hashes(record: Record) -> tuple[int, int]:
     return content, opened
 
 
-def _question(record: Record) -> int:
-    """Hash of the first question, whatever the system message, case and spacing; 0 where it is too
-    short to be a question that one data set would have from another."""
-    message = next((m for m in record.messages if m["role"] == "user"), None)
-    words = units(message["content"]) if message else []
-    if len(words) < _LEAST_WORDS:
-        return 0
-    digest = hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") | 1
+def _words(record: Record) -> tuple[list[str], int]:
+    """What two rows are compared by: the words of all that was said but the system message.
+
+    And a hash of the first question, whatever the system message, case and spacing; 0 where it is
+    too short to be a question that one data set would have from another.
+    """
+    if not record.messages:
+        return units(record.text), 0
+    words: list[str] = []
+    question: int | None = None
+    for message in record.messages:
+        role = message["role"]
+        if role == "system":
+            continue
+        if "content" in message:
+            said = units(message["content"])
+            words += said
+            if role == "user" and question is None:
+                question = _hash(" ".join(said)) | 1 if len(said) >= _LEAST_WORDS else 0
+        if "tool_calls" in message:
+            words += units(json.dumps(message["tool_calls"], default=str))
+    return words, question or 0
+
+
+def _hash(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
 
 
 def _identity(identity: Any) -> int:
@@ -490,8 +498,7 @@ def _identity(identity: Any) -> int:
         identity = int(identity)
     if not isinstance(identity, (str, int)) or identity == "":
         return 0
-    digest = hashlib.blake2b(str(identity).encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") | 1
+    return _hash(str(identity)) | 1
 
 
 ROW_FIELDS: Final = (("input_ids", "int32"), ("supervised", "int8"))
@@ -545,14 +552,17 @@ class _RowSink:
         _write(self._path, table)
 
 
-def _write_index(path: Path, columns: _Columns, words: list[str], metadata: dict[str, Any]) -> None:
+def _write_index(
+    path: Path, entries: list[tuple[Any, ...]], words: list[list[str]], metadata: dict[str, Any]
+) -> None:
     import pyarrow as pa
 
     from tuneline.data_prep.duplicates import PERMUTATIONS, signatures
 
+    columns = zip(*entries, strict=True) if entries else [()] * len(_DTYPES)
     arrays = {
-        name: pa.array(getattr(columns, name), getattr(pa, kind)())
-        for name, kind in _DTYPES.items()
+        name: pa.array(values, getattr(pa, kind)())
+        for (name, kind), values in zip(_DTYPES.items(), columns, strict=True)
     }
     flat = pa.array(signatures(words).reshape(-1))
     arrays["signature"] = pa.FixedSizeListArray.from_arrays(flat, PERMUTATIONS)
@@ -593,7 +603,7 @@ _Submit = Callable[[int, Block, Path], Future[None]]
 def _start_worker(plans: list[Plan]) -> None:
     import multiprocessing
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is parallel enough
+    os.environ[_PARALLELISM] = "false"  # one process a core is parallel enough
     parent = multiprocessing.parent_process()
     if parent is not None:  # a killed run leaves no orphans
 
@@ -602,11 +612,18 @@ def _start_worker(plans: list[Plan]) -> None:
             os._exit(1)
 
         threading.Thread(target=follow, daemon=True).start()
+    backends = _backends(plans)
     _encoders.clear()
-    _encoders.update(enumerate(map(Encoder, plans)))
+    for number, plan in enumerate(plans):
+        _encoders[number] = Encoder(plan, backends[plan.format.tokenizer])
     gc.collect()
     gc.freeze()
     gc.disable()  # blocks are bounded and hold no cycles
+
+
+def _backends(plans: list[Plan]) -> dict[str, Any]:
+    """Plans mostly have one tokenizer, which takes a tenth of a second to build."""
+    return {text: backend_of(text) for text in {plan.format.tokenizer for plan in plans}}
 
 
 def _encode_in_worker(plan: int, block: Block, path: Path) -> None:
@@ -690,20 +707,25 @@ def _is_cached(path: Path) -> bool:
 def _threads(plans: list[Plan], workers: int) -> Iterator[_Submit]:
     """Three quarters of the time is spent in the tokenizer, which lets other threads work."""
     own = threading.local()  # a renderer has one text at a time
+    backends = _backends(plans)
 
     def encode(plan: int, block: Block, path: Path) -> None:
         encoders = own.__dict__.setdefault("encoders", {})
         if plan not in encoders:
-            encoders[plan] = Encoder(plans[plan])
+            encoders[plan] = Encoder(plans[plan], backends[plans[plan].format.tokenizer])
         encoders[plan].encode(block, path)
 
-    collects = gc.isenabled()
+    collects, parallel = gc.isenabled(), os.environ.get(_PARALLELISM)
     gc.disable()  # few blocks, without cycles; a collection would walk all rows of a block
+    os.environ[_PARALLELISM] = "false"  # one thread a core is parallel enough
     with ThreadPoolExecutor(workers) as pool:
         try:
             yield partial(pool.submit, encode)
         finally:
             pool.shutdown(cancel_futures=True)
+            del os.environ[_PARALLELISM]
+            if parallel is not None:
+                os.environ[_PARALLELISM] = parallel
             if collects:
                 gc.enable()
 

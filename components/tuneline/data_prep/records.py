@@ -94,16 +94,6 @@ class Record:
     id: Any = None
     format: str = "messages"
 
-    @property
-    def words(self) -> str:
-        """What two rows are compared by: all that was said, without the system message."""
-        if not self.messages:
-            return self.text
-        return "\n".join(
-            [m["content"] for m in self.messages if m["role"] != "system" and "content" in m]
-            + [json.dumps(m["tool_calls"], default=str) for m in self.messages if "tool_calls" in m]
-        )
-
 
 def parse_line(line: bytes) -> Any:
     """The JSON value of one line.
@@ -112,7 +102,7 @@ def parse_line(line: bytes) -> Any:
         BadRow: not UTF-8, not JSON, or an object that has a key twice.
     """
     try:
-        return json.loads(line.decode("utf-8"), object_pairs_hook=_object)
+        return _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRow(
             "not_utf8", f"not UTF-8 (byte {error.start}): save the file as UTF-8"
@@ -130,6 +120,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise BadRow("malformed_json", f"malformed JSON: key {twice!r} is there more than once")
     return found
+
+
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def parse_record(row: Any, source: Source) -> Record:
@@ -428,7 +421,7 @@ def _decoded(value: Any, name: str) -> Any:
     if not isinstance(value, str) or not value.strip():
         return None if isinstance(value, str) else value
     try:
-        return json.loads(value, object_pairs_hook=_object)
+        return _DECODER.decode(value)
     except (ValueError, RecursionError) as error:
         raise BadRow("malformed_json", f"{name} is text that is not JSON: {error}") from error
 

@@ -30,7 +30,7 @@ from tuneline.recipe import Source
 
 DEMO_SOURCES: Final = {"demo:train": ("TRAIN", 650, 1), "demo:test": ("TEST", 100, 2)}
 """Source name -> vocabulary, rows, seed of the generator."""
-BLOCK_ROWS: Final = 2000
+BLOCK_ROWS: Final = 1000
 BLOCK_BYTES: Final = 8 * 2**20
 MAX_ROW_BYTES: Final = 4 * 2**20
 """A longer row is dropped as too long without being read into memory."""
