@@ -1,6 +1,7 @@
 """Masks cover exactly what the model has to write, for the templates' shapes of many families."""
 
 import json
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -253,6 +254,33 @@ def test_a_tokenizer_that_prefixes_a_space_is_encoded_whole(answer: str) -> None
     assert row.input_ids[:start] == alone
     whole = renderer.backend.encode(renderer.template_text(messages), add_special_tokens=False).ids
     assert row.input_ids == whole and stop == len(whole)
+
+
+@pytest.mark.parametrize("gap", [0, 50])
+def test_another_process_reads_the_tokenizer_that_this_one_works_with(gap: int) -> None:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    stored = json.loads(renderer_of("llama3")[0].format.tokenizer)
+    last = max(stored["model"]["vocab"].values())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    stored["added_tokens"] += [
+        flags | {"id": last + 1 + gap, "content": "<tool>"},
+        flags | {"id": last + 2 + gap, "content": "<|call|>", "special": True, "lstrip": True},
+    ]
+    backend = Tokenizer.from_str(json.dumps(stored))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|eot_id|>", bos_token="<s>", chat_template=LLAMA_3
+    )
+    made = chat.chat_format(fast)
+    sent = pickle.loads(pickle.dumps(made))
+    assert "backend" not in sent.__dict__ and "backend" in made.__dict__
+    assert sent == made and sent.backend.to_str() == made.backend.to_str() == made.tokenizer
+    text = "<|start_header_id|>user a <tool>b <|call|> c<|eot_id|>"
+    ids = backend.encode(text, add_special_tokens=False).ids
+    assert {backend.token_to_id("<tool>"), backend.token_to_id("<|call|>")} <= set(ids)
+    for one in (made, sent):
+        assert one.backend.encode(text, add_special_tokens=False).ids == ids
 
 
 def chats_of_one_system(renderer: Renderer, rows: list[tuple[str, str]]) -> list[Any]:

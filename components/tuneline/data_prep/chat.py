@@ -22,7 +22,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -72,7 +72,6 @@ class ChatFormat:
         bos_id: of `bos_token`, or None.
         stop_ids: tokens that generation stops at.
         stop_tokens: the same as text.
-        longest_token: characters of the longest token in the vocabulary.
     """
 
     tokenizer: str
@@ -85,7 +84,21 @@ class ChatFormat:
     bos_id: int | None
     stop_ids: frozenset[int]
     stop_tokens: tuple[str, ...]
-    longest_token: int
+
+    @cached_property
+    def backend(self) -> Any:
+        """The tokenizer; threads may share it."""
+        from tokenizers import Tokenizer
+
+        return _with_memory(Tokenizer.from_str(self.tokenizer))
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token in the vocabulary."""
+        return max(map(len, self.backend.get_vocab()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "backend"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,10 +197,10 @@ def chat_format(tokenizer: Any, folder: Path | None = None, fallback: str = "") 
         raise DataError(
             f"the chat template of {tokenizer.name_or_path} is malformed: {error}"
         ) from error
-    backend = tokenizer.backend_tokenizer
+    backend = _bare(tokenizer.backend_tokenizer)
     stops = frozenset(_stop_ids(tokenizer, folder))
-    return ChatFormat(
-        tokenizer=_bare(backend),
+    made = ChatFormat(
+        tokenizer=backend.to_str(),
         template=template,
         template_name=name,
         special_tokens=dict(tokenizer.special_tokens_map),
@@ -199,33 +212,36 @@ def chat_format(tokenizer: Any, folder: Path | None = None, fallback: str = "") 
         bos_id=tokenizer.bos_token_id,
         stop_ids=stops,
         stop_tokens=tuple(sorted(filter(None, map(backend.id_to_token, stops)))),
-        longest_token=max(map(len, backend.get_vocab())),
     )
+    made.__dict__["backend"] = _with_memory(backend)  # as if it were read from its text
+    return made
 
 
-def _bare(backend: Any) -> str:
-    """A tokenizer of `tokenizers` as JSON, without what it does to a text's tokens afterwards.
+def _bare(backend: Any) -> Any:
+    """A tokenizer of `tokenizers` without what it does to a text's tokens afterwards.
 
     Some families (Llama 3) trim white space off the offsets there, which would take the spaces out
     of the mask. It is of no other use here: templates write the special tokens.
     """
     from tokenizers import processors
 
-    kept = backend.post_processor
-    backend.no_truncation()  # transformers sets both anew at each call
-    backend.no_padding()
-    backend.post_processor = processors.Sequence([])
-    try:
-        return backend.to_str()
-    finally:
-        backend.post_processor = kept
+    # one around the same model, which takes long to read
+    bare = type(backend)(backend.model)
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if getattr(backend, part) is not None:
+            setattr(bare, part, getattr(backend, part))
+    added = backend.get_added_tokens_decoder()
+    for token in (added[number] for number in sorted(added)):
+        (bare.add_special_tokens if token.special else bare.add_tokens)([token])
+    if repr(bare.get_added_tokens_decoder()) != repr(added):  # ids that are not in a row
+        bare = type(backend).from_str(backend.to_str())
+    bare.no_truncation()
+    bare.no_padding()
+    bare.post_processor = processors.Sequence([])
+    return bare
 
 
-def backend_of(text: str) -> Any:
-    """The tokenizer of a `ChatFormat`; threads may share it."""
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_str(text)
+def _with_memory(backend: Any) -> Any:
     # By default 10,000 words are remembered, fewer than a language has: 1.1 times as fast.
     resize = getattr(backend.model, "_resize_cache", None)
     if resize is not None:
@@ -255,8 +271,6 @@ class Renderer:
 
     format: ChatFormat
     loss: Loss = "assistant"
-    backend: Any = None
-    """Of `backend_of`; several may share one."""
     _ends: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -271,7 +285,7 @@ class Renderer:
             **self.format.special_tokens,
         }
         self._context = self._template.new_context(self._names, shared=True)
-        self.backend = self.backend or backend_of(self.format.tokenizer)
+        self.backend = self.format.backend
         # what generation stops at need not be flagged as special in the tokenizer
         controls = (*self.format.controls, *self.format.stop_tokens)
         # any special token may end a turn: <|im_end|>, <|eot_id|>, </s>, <end_of_turn>, ...
@@ -303,7 +317,7 @@ class Renderer:
         from jinja2.exceptions import TemplateError
 
         try:
-            if tools is None and all(len(m) == 2 for m in messages):
+            if tools is None and max(map(len, messages), default=0) == 2:
                 # What render_jinja_template does for plain messages, without copying them and
                 # without a new context, which takes as long as the rendering itself.
                 self._names |= {"messages": messages, "add_generation_prompt": prompt}
@@ -342,6 +356,9 @@ class Renderer:
             return [Rendered(text, ((0, len(text)),))]
         messages, tools = record.messages, record.tools
         for message in messages:
+            if len(message) == 2 and "content" in message:
+                self._check_controls(message["content"])
+                continue
             for value in message.values():
                 if isinstance(value, str):
                     self._check_controls(value)
@@ -440,7 +457,8 @@ class Renderer:
 
     def too_long(self, rendered: Rendered, max_seq_len: int) -> bool:
         """True where the text is longer than any `max_seq_len` tokens of the vocabulary can be."""
-        return len(rendered.text) > max_seq_len * self.format.longest_token
+        length = len(rendered.text)
+        return length > max_seq_len and length > max_seq_len * self.format.longest_token
 
     def encode(self, rows: Sequence[Rendered]) -> list[list[Tokens]]:
         """Encode rendered texts; each gives one row, or one per turn where borders merge."""

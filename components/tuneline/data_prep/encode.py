@@ -34,16 +34,7 @@ from typing import Any, Final, cast
 
 from tuneline.artifacts import digest_of
 from tuneline.base_model import cache_dir
-from tuneline.data_prep.chat import (
-    ChatFormat,
-    Loss,
-    Overflow,
-    Rendered,
-    Renderer,
-    Tokens,
-    backend_of,
-    fit,
-)
+from tuneline.data_prep.chat import ChatFormat, Loss, Overflow, Rendered, Renderer, Tokens, fit
 from tuneline.data_prep.duplicates import units
 from tuneline.data_prep.records import (
     FORMAT_COLUMNS,
@@ -151,10 +142,13 @@ class EncodedBlock:
     """Its payload is dropped: the raw rows are no longer needed."""
     plan: int
     """Position of its plan."""
+    made: Any = None
+    """Its index where a thread of this process has just made it, for the first one that asks."""
 
     def index(self) -> Any:
         """The index as a pyarrow table."""
-        return _read(self.path.with_suffix(".index"))
+        made, self.made = self.made, None
+        return made or _read(self.path.with_suffix(".index"))
 
     def rows(self) -> Any:
         """The rows as a pyarrow table."""
@@ -188,12 +182,12 @@ _DTYPES: Final = {
 class Encoder:
     """Turns raw blocks into tokens, for one plan."""
 
-    def __init__(self, plan: Plan, backend: Any = None) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.renderer = Renderer(plan.format, plan.loss, backend)
+        self.renderer = Renderer(plan.format, plan.loss)
 
-    def encode(self, block: Block, path: Path) -> None:
-        """Write the block's rows and index beside `path`."""
+    def encode(self, block: Block, path: Path) -> Any:
+        """Write the block's rows and index beside `path`; returns the index."""
         faults: list[tuple[int, str, str]] = []
         counts: Counter[str] = Counter(raw_rows=len(block.too_long), too_long=len(block.too_long))
         samples: list[dict[str, Any]] = []
@@ -240,7 +234,7 @@ class Encoder:
             "samples": samples,
             "rows_bytes": path.with_suffix(".rows").stat().st_size,
         }
-        _write_index(path, entries, words, metadata)
+        return _write_index(path, entries, words, metadata)
 
     def _group(self, row: dict[str, Any]) -> int:
         """Hash of what the row is grouped by; 0 for nothing."""
@@ -275,12 +269,14 @@ class Encoder:
             overflow = plan.overflow
             if split == "test" and overflow == "split":
                 overflow = "truncate_left"
-            pieces = [
-                piece
-                for tokens in whole
-                for piece in fit(tokens, plan.max_seq_len, overflow, plan.format.bos_id)
-            ]
-            counts["overflowed"] += sum(len(t.input_ids) > plan.max_seq_len for t in whole)
+            pieces = whole
+            if too_long := sum(len(t.input_ids) > plan.max_seq_len for t in whole):
+                counts["overflowed"] += too_long
+                pieces = [
+                    piece
+                    for tokens in whole
+                    for piece in fit(tokens, plan.max_seq_len, overflow, plan.format.bos_id)
+                ]
             counts["turns_apart"] += len(whole) > 1
             if not pieces:
                 counts["too_long"] += 1
@@ -554,7 +550,7 @@ class _RowSink:
 
 def _write_index(
     path: Path, entries: list[tuple[Any, ...]], words: list[list[str]], metadata: dict[str, Any]
-) -> None:
+) -> Any:
     import pyarrow as pa
 
     from tuneline.data_prep.duplicates import PERMUTATIONS, signatures
@@ -570,6 +566,7 @@ def _write_index(
         {"tuneline": json.dumps(metadata, default=str)}
     )
     _write(path.with_suffix(".index"), table)
+    return table
 
 
 def _write(path: Path, table: Any) -> None:
@@ -597,7 +594,7 @@ def metadata_of(index: Any) -> dict[str, Any]:
 _encoders: dict[int, Encoder] = {}
 
 
-_Submit = Callable[[int, Block, Path], Future[None]]
+_Submit = Callable[[int, Block, Path], Future[Any]]
 
 
 def _start_worker(plans: list[Plan]) -> None:
@@ -612,18 +609,11 @@ def _start_worker(plans: list[Plan]) -> None:
             os._exit(1)
 
         threading.Thread(target=follow, daemon=True).start()
-    backends = _backends(plans)
     _encoders.clear()
-    for number, plan in enumerate(plans):
-        _encoders[number] = Encoder(plan, backends[plan.format.tokenizer])
+    _encoders.update(enumerate(map(Encoder, plans)))
     gc.collect()
     gc.freeze()
     gc.disable()  # blocks are bounded and hold no cycles
-
-
-def _backends(plans: list[Plan]) -> dict[str, Any]:
-    """Plans mostly have one tokenizer, which takes a tenth of a second to build."""
-    return {text: backend_of(text) for text in {plan.format.tokenizer for plan in plans}}
 
 
 def _encode_in_worker(plan: int, block: Block, path: Path) -> None:
@@ -655,7 +645,7 @@ def encode_blocks(
     folder = cache_dir() / "tokens"
     folder.mkdir(parents=True, exist_ok=True)
     keys = [plan.key() for plan in plans]
-    pending: deque[tuple[EncodedBlock, Future[None] | None]] = deque()
+    pending: deque[tuple[EncodedBlock, Future[Any] | None]] = deque()
     iterator = iter(blocks)
     first = deque(islice(iterator, _FEW_BLOCKS + 1))
     start = _threads if len(first) <= _FEW_BLOCKS else _processes
@@ -707,13 +697,12 @@ def _is_cached(path: Path) -> bool:
 def _threads(plans: list[Plan], workers: int) -> Iterator[_Submit]:
     """Three quarters of the time is spent in the tokenizer, which lets other threads work."""
     own = threading.local()  # a renderer has one text at a time
-    backends = _backends(plans)
 
-    def encode(plan: int, block: Block, path: Path) -> None:
+    def encode(plan: int, block: Block, path: Path) -> Any:
         encoders = own.__dict__.setdefault("encoders", {})
         if plan not in encoders:
-            encoders[plan] = Encoder(plans[plan], backends[plans[plan].format.tokenizer])
-        encoders[plan].encode(block, path)
+            encoders[plan] = Encoder(plans[plan])
+        return encoders[plan].encode(block, path)
 
     collects, parallel = gc.isenabled(), os.environ.get(_PARALLELISM)
     gc.disable()  # few blocks, without cycles; a collection would walk all rows of a block
@@ -743,10 +732,10 @@ def _processes(plans: list[Plan], workers: int) -> Iterator[_Submit]:
         pool.shutdown(cancel_futures=True)
 
 
-def _finished(encoded: EncodedBlock, future: Future[None] | None) -> EncodedBlock:
+def _finished(encoded: EncodedBlock, future: Future[Any] | None) -> EncodedBlock:
     if future is not None:
         try:
-            future.result()
+            encoded.made = future.result()
         except BrokenProcessPool as error:
             raise DataError(
                 f"a process that tokenized {encoded.block.where(0)} and the rows after it died, "
