@@ -1,12 +1,16 @@
 """A tiny model that every test can afford, and rows for it."""
 
 import atexit
+import importlib.util
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 import pytest
@@ -69,6 +73,58 @@ def own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
         monkeypatch.setenv(name, "")  # so that what a test leaves set is taken back
         monkeypatch.delenv(name)
     yield
+
+
+@pytest.fixture(scope="session")
+def services() -> ModuleType:
+    """The module that starts them."""
+    spec = importlib.util.spec_from_file_location(
+        "tuneline_services", Path(__file__).parent / "integration/services.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+WEBHOOKS = {
+    # they go to this machine, without TLS
+    "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+    "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http",
+    "MLFLOW_WEBHOOK_CACHE_TTL": "1",  # it remembers for so long that there was no webhook
+}
+
+
+@pytest.fixture(scope="session")
+def services_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where they keep everything."""
+    return tmp_path_factory.mktemp("services")
+
+
+@pytest.fixture(scope="session")
+def services_up(services: ModuleType, services_folder: Path) -> Callable[..., Any]:
+    """Starts those that do not run, as the tests want them."""
+    return partial(services.up, services_folder, durable=False, mlflow_environment=WEBHOOKS)
+
+
+@pytest.fixture(scope="session")
+def server(
+    services: ModuleType,
+    services_folder: Path,
+    services_up: Callable[..., Any],
+    lacking: Callable[[str, str], NoReturn],
+) -> Iterator[Any]:
+    """A real MLflow: on PostgreSQL, with S3 by SeaweedFS and a login.
+
+    Where a part can't be had, the tests are skipped and say which; in CI they fail.
+    """
+    if reason := services.missing():
+        lacking("services", reason)
+    try:
+        yield services_up()
+    finally:
+        services.remove(services_folder)
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,10 @@ can pass; here a container is waited for, and removed afterwards.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
@@ -41,6 +43,60 @@ _ADDRESSES: Final = (
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "TUNELINE_CHECKPOINTS",
 )  # fmt: skip
 """Variables that name something that every run reaches."""
+
+
+_LOCKED_UP: Final[dict[str, Any]] = {
+    "network_mode": "none",
+    "read_only": True,
+    "cap_drop": ["ALL"],
+    "security_opt": ["no-new-privileges"],
+}
+_VERSIONS: Final = """
+import importlib.metadata as m, json, sys
+found = {d.metadata["Name"]: d.version for d in m.distributions() if d.metadata["Name"] in sys.argv}
+print(json.dumps(found))
+"""
+
+
+def check(image: str) -> None:
+    """Refuse an image in which no step of this version can run, before any is started.
+
+    Raises:
+        TunelineError: no engine answers, there is no such image, or it lacks kfp or tuneline or has
+            another version of them.
+    """
+    import docker
+    from docker.errors import APIError, ContainerError, DockerException, ImageNotFound
+
+    hint = "build it with `make images`"
+    command = ["python", "-c", _VERSIONS, "kfp", "tuneline"]
+    try:
+        client = docker.from_env()
+    except DockerException as error:
+        raise TunelineError(
+            f"no container engine answers, which --image {image} needs: start Docker, or name it "
+            f"with DOCKER_HOST ({error})"
+        ) from error
+    with contextlib.closing(client):
+        try:
+            said = client.containers.run(image, command, entrypoint=[], remove=True, **_LOCKED_UP)
+        except ImageNotFound as error:
+            raise TunelineError(
+                f"there is no image '{image}' on this machine: {hint}, or pull it"
+            ) from error
+        except (APIError, ContainerError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise TunelineError(
+                f"image '{image}' can't start Python ({lines[-1][:300]}): {hint}"
+            ) from error
+    found = json.loads(said)
+    for name, parts in (("tuneline", 3), ("kfp", 2)):
+        ours, theirs = version(name), found.get(name)
+        if theirs is None or ours.split(".")[:parts] != theirs.split(".")[:parts]:
+            raise TunelineError(
+                f"image '{image}' has {f'{name} {theirs}' if theirs else f'no {name}'}, this is "
+                f"{name} {ours}, and a step has to run what was compiled: {hint}"
+            )
 
 
 def runner(recipe: Recipe, workdir: Path) -> local.DockerRunner:
@@ -89,11 +145,8 @@ def runner(recipe: Recipe, workdir: Path) -> local.DockerRunner:
     return local.DockerRunner(
         user=f"{user}:{group}",
         environment={**environment, "TUNELINE_CACHE": CACHE, "HOME": HOME},
-        network_mode=network,
-        read_only=True,
+        **{**_LOCKED_UP, "network_mode": network},
         tmpfs={"/tmp": "mode=1777", HOME: f"mode=1777,uid={user}"},
-        cap_drop=["ALL"],
-        security_opt=["no-new-privileges"],
         shm_size="1g",
         working_dir=str(Path.cwd()),  # which the recipe's paths may start from
         mounts=[

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final, TextIO
 
-from tuneline import by_uri
+from tuneline import by_uri, images
 from tuneline.errors import Terminated, TunelineError
 from tuneline.form import arguments_of
 from tuneline.progress import RECORD_PREFIX, REPORT_PREFIX, TICK_PREFIX, peak_memory_bytes
@@ -298,6 +298,9 @@ def _run_in(
 
     from tuneline_pipelines import containers
 
+    if contained is not None:
+        for image in sorted({images.CPU, images.GPU}):
+            containers.check(image)
     runner = (
         local.SubprocessRunner(use_venv=False)
         if contained is None

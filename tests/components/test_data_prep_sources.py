@@ -185,13 +185,20 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]},
-                          GOOD["messages"][1] | {"tool_calls": None, "name": None}]},
+                          GOOD["messages"][1] | {"tool_calls": None, "name": None, "weight": 1}]},
             "messages",
             [("user", "q"), ("assistant", "a")],
         ),
         (
             {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"},
                                {"from": "gpt", "value": "a"}]},
+            "sharegpt",
+            [("system", "s"), ("user", "q"), ("assistant", "a")],
+        ),
+        (  # as SlimOrca has it
+            {"conversations": [{"from": "system", "value": "s", "weight": None},
+                               {"from": "human", "value": "q", "weight": 0.0},
+                               {"from": "gpt", "value": "a", "weight": 1.0}]},
             "sharegpt",
             [("system", "s"), ("user", "q"), ("assistant", "a")],
         ),

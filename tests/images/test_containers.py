@@ -3,6 +3,7 @@
 Run by `make test-images` on a machine with Docker and `tuneline-cpu` (`make images IMAGES=cpu`).
 """
 
+import io
 import json
 import os
 import signal
@@ -17,8 +18,10 @@ import docker
 import pytest
 import yaml
 from docker.models.containers import Container
+from mlflow import MlflowClient
 
 from tuneline import __version__
+from tuneline.errors import TunelineError
 from tuneline_pipelines import containers
 
 pytestmark = pytest.mark.containers
@@ -133,6 +136,35 @@ def test_a_container_s_own_exit_code_is_what_counts_and_nothing_is_left(
     assert {container.id for container in engine.containers.list(all=True)} == before
 
 
+@pytest.mark.parametrize(
+    ("taken_out", "sentence"),
+    [
+        ("kfp-*.dist-info", "has no kfp, this is kfp 2"),
+        ("tuneline-*.dist-info", "has no tuneline, this is tuneline "),
+        ("../../../bin/python", "can't start Python"),
+    ],
+)
+def test_an_image_that_lacks_what_a_step_needs_is_refused_before_one_starts(
+    engine: docker.DockerClient, taken_out: str, sentence: str
+) -> None:
+    containers.check(IMAGE)
+    packages = "/opt/venv/lib/python3*/site-packages"
+    made, _ = engine.images.build(
+        fileobj=io.BytesIO(
+            f"FROM {IMAGE}\nUSER 0\nRUN ls -d {packages}/{taken_out}"
+            f" && rm -r {packages}/{taken_out}\nUSER {containers.USER}".encode()
+        ),
+        rm=True,
+    )
+    try:
+        with pytest.raises(TunelineError, match=f"'{made.id}' {sentence}.*make images"):
+            containers.check(str(made.id))
+    finally:
+        engine.images.remove(made.id)
+    with pytest.raises(TunelineError, match=r"no image 'tuneline-cpu:never' on this machine"):
+        containers.check("tuneline-cpu:never")
+
+
 def wait_for(holds: object, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not holds():  # type: ignore[operator]
@@ -155,11 +187,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def start(recipe: Path, workdir: Path, cache: Path) -> "subprocess.Popen[str]":
+def start(recipe: Path, workdir: Path, cache: Path, **environment: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         f"{sys.executable} -m tuneline_pipelines.cli run {recipe} --workdir {workdir}"
         f" --image {IMAGE}".split(),
-        env={**os.environ, "TUNELINE_CACHE": str(cache)},
+        env={**os.environ, "TUNELINE_CACHE": str(cache), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -183,8 +215,14 @@ def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_demo_runs_in_containers_and_goes_on_where_its_training_was_killed(
-    engine: docker.DockerClient, recipe: Path, demo_cache: Path, tmp_path: Path
+    engine: docker.DockerClient,
+    recipe: Path,
+    demo_cache: Path,
+    tmp_path: Path,
+    server: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The first time nothing is to be reached, and nothing can be; the second time MLflow is."""
     workdir = tmp_path / "work"
     first = start(recipe, workdir, demo_cache)
     try:
@@ -203,8 +241,15 @@ def test_the_demo_runs_in_containers_and_goes_on_where_its_training_was_killed(
     assert not list(workdir.glob("kfp/*/finetune-lora/adapter/manifest.json"))
     assert not (workdir / "summary.json").exists()
 
-    second = start(recipe, workdir, demo_cache)
-    output, _ = second.communicate(timeout=900)
+    second = start(recipe, workdir, demo_cache, **server.environment())
+    try:
+        wait_for(lambda: training_container(engine, workdir), 300)
+        container = training_container(engine, workdir)
+        assert container is not None
+        assert container.attrs["HostConfig"]["NetworkMode"] == "host"
+        output, _ = second.communicate(timeout=900)
+    finally:
+        second.kill()
     assert second.returncode == 0, output
     assert "going on from " in output
     steps = [line.removeprefix("== ") for line in output.splitlines() if line.startswith("== ")]
@@ -217,3 +262,18 @@ def test_the_demo_runs_in_containers_and_goes_on_where_its_training_was_killed(
     (adapter,) = workdir.glob("kfp/*/finetune-lora/adapter/manifest.json")
     assert adapter.stat().st_uid == containers.USER
     assert training_container(engine, workdir) is None
+
+    assert server.password not in output
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    registry = MlflowClient()
+    version = registry.get_model_version_by_alias(summary["model_name"], "champion")
+    assert version.version == "1"
+    assert version.source.startswith(("mlflow-artifacts:", "models:"))
+    (parent,) = [
+        run
+        for experiment in registry.search_experiments()
+        for run in registry.search_runs([experiment.experiment_id])
+        if "mlflow.parentRunId" not in run.data.tags
+    ]
+    assert parent.info.status == "FINISHED"

@@ -1,5 +1,6 @@
 """Every object is one that Kubernetes, or the operator that it is for, takes."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,40 @@ CUSTOM = {
     (schema["apiVersion"], schema["kind"]): schema["schema"]
     for schema in yaml.safe_load_all((ROOT / "tests/fixtures/custom-resources.yaml").read_text())
 }
+DEFINITIONS = os.environ.get("TUNELINE_TEST_CRDS", "")
+"""A folder of the operators' own CustomResourceDefinitions, as each publishes them: all objects of
+theirs are then also held against those. The fixture has what is used of them, written down."""
+
+
+def definitions(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """The schemas in a folder of CustomResourceDefinitions, by apiVersion and kind."""
+    found = {}
+    for path in sorted(folder.rglob("*.yaml")):
+        for thing in yaml.safe_load_all(path.read_text(encoding="utf-8")):
+            if thing and thing["kind"] == "CustomResourceDefinition":
+                spec = thing["spec"]
+                for version in spec["versions"]:
+                    kind = (f"{spec['group']}/{version['name']}", spec["names"]["kind"])
+                    schema = version["schema"]["openAPIV3Schema"]
+                    schema["properties"].pop("metadata", None)
+                    found[kind] = closed(schema)
+    return found
+
+
+def closed(schema: Any) -> Any:
+    """The schema with its unknown fields refused, which a server would drop without a word."""
+    if isinstance(schema, list):
+        return [closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {name: closed(value) for name, value in schema.items()}
+    if made.get("x-kubernetes-int-or-string"):
+        made.pop("type", None)
+    known = made.get("type") == "object" and isinstance(made.get("properties"), dict)
+    if known and not made.get("x-kubernetes-preserve-unknown-fields"):
+        made.setdefault("additionalProperties", False)
+    return made
+
 
 Placed = list[tuple[str, dict[str, Any]]]
 
@@ -43,6 +78,26 @@ def test_objects_are_valid(ours: Placed, version: str) -> None:
             seen[text] = [f"{where}: {fault}" for fault in faults(thing, version)]
     assert len(seen) > 60
     assert [fault for found in seen.values() for fault in found] == []
+
+
+@pytest.mark.skipif(not DEFINITIONS, reason="TUNELINE_TEST_CRDS names no folder of definitions")
+def test_objects_of_operators_are_valid_by_the_definitions_that_these_publish(
+    ours: Placed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = definitions(Path(DEFINITIONS))
+    assert CUSTOM.keys() <= published.keys()
+    for kind in CUSTOM:
+        monkeypatch.setitem(CUSTOM, kind, published[kind])
+    placed = [(w, t) for w, t in ours if (t["apiVersion"], t["kind"]) in CUSTOM]
+    assert {(t["apiVersion"], t["kind"]) for _, t in placed} == CUSTOM.keys()
+    assert [f"{where}: {f}" for where, t in placed for f in faults(t, VERSIONS[0])] == []
+    broken = [t for t in yaml.safe_load_all(BROKEN) if (t["apiVersion"], t["kind"]) in CUSTOM]
+    found = {t["metadata"]["name"] for t in broken if faults(t, VERSIONS[0])}
+    assert found == {
+        "misspelled",
+        "no-key",
+        "no-expression",
+    }  # what Kueue says by rules in CEL is not run
 
 
 def test_every_schema_is_of_a_kind_that_is_used(ours: Placed) -> None:

@@ -33,6 +33,22 @@ def test_help_and_compiling_import_nothing_heavy(arguments: list[str], tmp_path:
     assert done.stdout.splitlines()[-1] == "HEAVY []"
 
 
+def test_without_a_container_engine_no_step_starts(tmp_path: Path) -> None:
+    demo = Path(__file__).parents[2] / "examples/demo.yaml"
+    done = subprocess.run(
+        [sys.executable, "-m", "tuneline_pipelines.cli", "run", str(demo), "--image", "an-image:1",
+         "--workdir", str(tmp_path / "work")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path),
+             "DOCKER_HOST": f"unix://{tmp_path}/absent.sock"},
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stdout == ""
+    assert "no container engine answers, which --image an-image:1 needs" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(p.name for p in (tmp_path / "work").iterdir()) == ["run.log"]
+
+
 def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schema"]) == 0
     assert json.loads(capsys.readouterr().out)["title"] == "Recipe"

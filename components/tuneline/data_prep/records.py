@@ -211,18 +211,18 @@ def _from_sharegpt(row: Mapping[str, Any]) -> Record:
         if "from" not in turn and "role" in turn:  # OpenAI's keys under ShareGPT's name
             messages.append(_message(turn, number))
             continue
-        if len(turn) > 2 and (others := _unknown(turn, _TURN_KEYS)):
-            raise BadRow(
-                "unknown_key",
-                f"turn {number}: keys {others} are not supported; keys are "
-                f"{', '.join(sorted(_TURN_KEYS))}",
-            )
         speaker = turn.get("from")
         role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None:
             raise BadRow(
                 "unknown_role",
                 f"turn {number}: from {speaker!r} is unknown: {', '.join(_SHAREGPT_ROLES)}",
+            )
+        if len(turn) > 2 and (others := _unknown(turn, _TURN_KEYS, role)):
+            raise BadRow(
+                "unknown_key",
+                f"turn {number}: keys {others} are not supported; keys are "
+                f"{', '.join(sorted(_TURN_KEYS))}",
             )
         if speaker == "function_call":
             call = _decoded(turn.get("value"), "value")
@@ -337,7 +337,7 @@ def _message(value: Any, number: int) -> Message:
             "unknown_role",
             f"message {number}: role {role!r} is unknown: roles are {', '.join(ROLES)}",
         )
-    if len(value) > 2 and (others := _unknown(value, _MESSAGE_KEYS)):
+    if len(value) > 2 and (others := _unknown(value, _MESSAGE_KEYS, role)):
         raise BadRow(
             "unknown_key",
             f"message {number}: keys {others} are not supported; keys are "
@@ -365,13 +365,20 @@ def _message(value: Any, number: int) -> Message:
     return message
 
 
-def _unknown(value: Mapping[str, Any], known: frozenset[str]) -> str:
+def _unknown(value: Mapping[str, Any], known: frozenset[str], role: str) -> str:
     """Names of the other keys that hold something: weight 0, prefix, images.
 
-    One that is left out of account would change what is learned.
+    One that is left out of account would change what is learned. A weight of 1 does not, nor does
+    that of a turn which is not the assistant's.
     """
     return ", ".join(
-        sorted(str(k)[:40] for k, v in value.items() if k not in known and v is not None)
+        sorted(
+            str(key)[:40]
+            for key, held in value.items()
+            if key not in known
+            and held is not None
+            and not (key == "weight" and (held == 1 or (held == 0 and role != "assistant")))
+        )
     )
 
 
