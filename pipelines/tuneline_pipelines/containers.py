@@ -8,6 +8,7 @@ can pass; here a container is waited for, and removed afterwards.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -52,9 +53,8 @@ _LOCKED_UP: Final[dict[str, Any]] = {
     "security_opt": ["no-new-privileges"],
 }
 _VERSIONS: Final = """
-import importlib.metadata as m, json, sys
-found = {d.metadata["Name"]: d.version for d in m.distributions() if d.metadata["Name"] in sys.argv}
-print(json.dumps(found))
+import importlib.metadata as m, json
+print(json.dumps({d.metadata["Name"]: d.version for d in m.distributions()}))
 """
 
 
@@ -66,10 +66,9 @@ def check(image: str) -> None:
             another version of them.
     """
     import docker
-    from docker.errors import APIError, ContainerError, DockerException, ImageNotFound
+    from docker.errors import DockerException
 
     hint = "build it with `make images`"
-    command = ["python", "-c", _VERSIONS, "kfp", "tuneline"]
     try:
         client = docker.from_env()
     except DockerException as error:
@@ -77,19 +76,16 @@ def check(image: str) -> None:
             f"no container engine answers, which --image {image} needs: start Docker, or name it "
             f"with DOCKER_HOST ({error})"
         ) from error
-    with contextlib.closing(client):
+    said = io.StringIO()
+    with contextlib.closing(client), contextlib.redirect_stdout(said):
         try:
-            said = client.containers.run(image, command, entrypoint=[], remove=True, **_LOCKED_UP)
-        except ImageNotFound as error:
-            raise TunelineError(
-                f"there is no image '{image}' on this machine: {hint}, or pull it"
-            ) from error
-        except (APIError, ContainerError) as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise TunelineError(
-                f"image '{image}' can't start Python ({lines[-1][:300]}): {hint}"
-            ) from error
-    found = json.loads(said)
+            code = _run(client, image, ["python", "-c", _VERSIONS], {}, **_LOCKED_UP)
+        except RuntimeError as error:
+            raise TunelineError(str(error)) from error
+    *_, line = said.getvalue().splitlines() or [f"exit code {code}"]
+    if code:
+        raise TunelineError(f"image '{image}' can't start Python ({line[:300]}): {hint}")
+    found = json.loads(line)
     for name, parts in (("tuneline", 3), ("kfp", 2)):
         ours, theirs = version(name), found.get(name)
         if theirs is None or ours.split(".")[:parts] != theirs.split(".")[:parts]:

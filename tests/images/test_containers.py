@@ -141,7 +141,8 @@ def test_a_container_s_own_exit_code_is_what_counts_and_nothing_is_left(
     [
         ("kfp-*.dist-info", "has no kfp, this is kfp 2"),
         ("tuneline-*.dist-info", "has no tuneline, this is tuneline "),
-        ("../../../bin/python", "can't start Python"),
+        # another Python of the base image may be found in its place
+        ("../../../bin/python", "(can't start Python|has no tuneline)"),
     ],
 )
 def test_an_image_that_lacks_what_a_step_needs_is_refused_before_one_starts(
