@@ -318,13 +318,3 @@ def dataset(tiny_model: Path, chats_file: Path, tmp_path_factory: pytest.TempPat
         DataSection(train=(str(chats_file),), validation_fraction=0.2, test_fraction=0.6),
         path,
     )
-
-
-@pytest.fixture(scope="session")
-def exact_4_bits(tiny_model: Path) -> None:
-    """Skips a test that counts on 4-bit products of 48 inputs where bitsandbytes has them wrong."""
-    from tuneline.finetune.load import load_base, wrong_4_bit_widths
-    from tuneline.finetune.methods.method import Quantization
-
-    if wrong := wrong_4_bit_widths(load_base(tiny_model, quantization=Quantization())):
-        pytest.skip(f"bitsandbytes computes wrongly in 4 bits with {wrong} inputs on this CPU")

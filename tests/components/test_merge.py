@@ -385,7 +385,6 @@ class StopError(BaseException):
 
 @pytest.mark.parametrize("form", [{}, {"quantization": "nf4"}])
 def test_a_killed_merge_goes_on_after_the_last_finished_file(
-    request: pytest.FixtureRequest,
     form: dict[str, str],
     tiny_model: Path,
     tmp_path: Path,
@@ -393,7 +392,6 @@ def test_a_killed_merge_goes_on_after_the_last_finished_file(
 ) -> None:
     base = stored_as(tiny_model, tmp_path / "base", torch.float32, max_shard_size="100KB")
     if form:
-        request.getfixturevalue("exact_4_bits")
         soften(base)
     adapter = adapter_on(base, tmp_path / "adapter", strength=0.05)
     whole = run(str(base), adapter, tmp_path / "whole", **form)
@@ -573,7 +571,6 @@ def test_a_qlora_on_turned_layers_takes_every_export_choice(
 
 
 @pytest.mark.parametrize(("family", "name"), [("gpt2", "lora"), ("llama", "full")])
-@pytest.mark.usefixtures("exact_4_bits")
 def test_4_bits_of_turned_layers_and_of_full_weights(
     family: str, name: str, gpt2: str, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -234,7 +234,6 @@ def test_changes_that_are_no_sums_are_not_combined(tiny_model: Path, tmp_path: P
         run(tiny_model, second, tmp_path / "out", second, weights=[1.0])
 
 
-@pytest.mark.usefixtures("exact_4_bits")
 def test_a_4_bit_export_loads_in_transformers(tiny_model: Path, tmp_path: Path) -> None:
     import shutil
 

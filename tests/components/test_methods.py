@@ -20,6 +20,7 @@ from tuneline.artifacts import Artifact
 from tuneline.base_model import BaseModel
 from tuneline.data_prep.prepare import prepare
 from tuneline.errors import ArtifactError, MethodError, RecipeError
+from tuneline.finetune import four_bits
 from tuneline.finetune.load import (
     load_base,
     load_tuned,
@@ -531,8 +532,31 @@ def test_an_evaluation_leaves_4_bit_weights_as_they_are(tiny_model: Path, double
     assert inputs.grad is not None and float(inputs.grad.abs().sum()) > 0
 
 
+@pytest.mark.parametrize("shape", [(16, 48), (3, 48), (7, 80), (9, 16), (5, 24), (11, 62), (8, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_4_bits_are_undone_with_their_own_scales(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    import bitsandbytes
+
+    bits = four_bits.functional()
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    weight *= torch.logspace(-2, 2, len(weight))[:, None]  # a neighbour's scale is far off
+    packed, state = bits.quantize_4bit(weight.to(dtype), blocksize=64, quant_type="nf4")
+    plain = bits.dequantize_4bit(packed, state)
+    assert plain.shape == shape and plain.dtype == dtype
+    scales = state.absmax.repeat_interleave(64)[: weight.numel()].reshape(shape)
+    halves = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).flatten().long()
+    exact = state.code[halves[: weight.numel()]].reshape(shape) * scales
+    torch.testing.assert_close(plain.float(), exact, rtol=0.01, atol=0)
+    inputs = torch.randn(2, shape[1], generator=torch.Generator().manual_seed(4)).to(dtype)
+    with torch.no_grad():
+        product = bitsandbytes.matmul_4bit(inputs, packed, state)
+    torch.testing.assert_close(product, inputs @ plain.t(), rtol=0.02, atol=0.02)
+
+
 def test_a_width_that_bitsandbytes_gets_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its kernel for CPUs with AVX-512 is, at 48 inputs; here every machine's is made to be."""
+    """Its kernel for CPUs with AVX-512 was, at 48 inputs; here every machine's is made to be."""
     from bitsandbytes import functional
 
     layers = torch.nn.ModuleDict()

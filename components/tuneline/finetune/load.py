@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tuneline.artifacts import Artifact
 from tuneline.base_model import BaseModel
 from tuneline.errors import ModelError
+from tuneline.finetune import four_bits
 from tuneline.finetune.methods.method import Quantization
-from tuneline.progress import report
 from tuneline.recipe import method_of, method_settings
 
 if TYPE_CHECKING:
@@ -72,10 +73,9 @@ def load_base(
         ) from error
     keep_4_bit_weights(model)  # also of a folder that is in 4 bits itself
     if wrong := wrong_4_bit_widths(model):
-        report(
-            f"warning: bitsandbytes computes wrongly in 4 bits on this CPU with layers of {wrong} "
-            "inputs, as of 48 and others that 16 divides and 64 does not: train this model on an "
-            "accelerator, or without 4 bits"
+        raise ModelError(
+            f"bitsandbytes {version('bitsandbytes')} computes wrongly in 4 bits on this machine "
+            f"with layers of {wrong} inputs: take another method than qlora, or another machine"
         )
     if quantization is not None:
         return model
@@ -95,24 +95,23 @@ def keep_4_bit_weights(model: nn.Module) -> None:
 
 
 def wrong_4_bit_widths(model: nn.Module) -> list[int]:
-    """Numbers of inputs of 4-bit layers that bitsandbytes' product gets wrong on this machine.
+    """Numbers of inputs of 4-bit layers that bitsandbytes gets wrong on this machine.
 
-    Its AVX-512 code undoes the 4 bits of rows that are no whole number of blocks with scales of
-    other blocks (seen in 0.50). Each width is tried: NF4 is 0.09 off, of a random weight's size.
+    Each width is tried: NF4 is 0.09 off, of a random weight's size.
     """
     states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]
     widths = {state.shape[-1] for state in states if state is not None}
     if not widths:
         return []
     import torch
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
+    bits = four_bits.functional()
     device = next(model.parameters()).device
     wrong = []
     for width in sorted(widths):
         random = torch.Generator().manual_seed(width)
         weight = torch.randn(16, width, generator=random).to(device)
-        plain = dequantize_4bit(*quantize_4bit(weight, blocksize=64, quant_type="nf4"))
+        plain = bits.dequantize_4bit(*bits.quantize_4bit(weight, blocksize=64, quant_type="nf4"))
         if float((plain - weight).norm() / weight.norm()) > _LARGEST_4_BIT_ERROR:
             wrong.append(width)
     return wrong

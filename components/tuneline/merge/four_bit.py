@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tuneline.finetune import four_bits
 from tuneline.finetune.load import bitsandbytes_config, compute_dtype, load_skeleton
 from tuneline.finetune.methods.method import Quantization
 
@@ -43,9 +44,7 @@ def quantized_weights(
 
 def quantize(weight: torch.Tensor, quantization: Quantization) -> tuple[torch.Tensor, Any]:
     """Packed values and the state that undoes it, of a weight (outputs, inputs)."""
-    from bitsandbytes.functional import quantize_4bit
-
-    return quantize_4bit(
+    return four_bits.functional().quantize_4bit(
         weight.to(compute_dtype()).contiguous(),
         blocksize=64,
         compress_statistics=quantization.double,
@@ -55,9 +54,7 @@ def quantize(weight: torch.Tensor, quantization: Quantization) -> tuple[torch.Te
 
 def dequantized(weight: torch.Tensor, quantization: Quantization) -> torch.Tensor:
     """What a weight (outputs, inputs) is in the 4-bit model, fp32."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(*quantize(weight, quantization)).float()
+    return four_bits.functional().dequantize_4bit(*quantize(weight, quantization)).float()
 
 
 def quantized_tensors(

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 from tuneline.artifacts import Artifact
 from tuneline.base_model import BaseModel
 from tuneline.errors import MergeError
+from tuneline.finetune import four_bits
 from tuneline.finetune.load import load_base, load_skeleton
 from tuneline.finetune.methods import Method
 from tuneline.finetune.methods.method import MethodSettings, Quantization, TensorChange
@@ -475,8 +476,7 @@ def _compare(name: str, base: torch.Tensor, tuned: torch.Tensor, merged: torch.T
 
 def _dequantizing(loaded: PreTrainedModel) -> Callable[[str, torch.Tensor], torch.Tensor]:
     """What bitsandbytes holds of each weight, in the file's orientation."""
-    from bitsandbytes.functional import dequantize_4bit
-
+    bits = four_bits.functional()
     parameters = dict(loaded.named_parameters())
 
     def read(name: str, weight: torch.Tensor) -> torch.Tensor:
@@ -484,7 +484,7 @@ def _dequantizing(loaded: PreTrainedModel) -> Callable[[str, torch.Tensor], torc
         state = getattr(held, "quant_state", None)
         if state is None:
             return weight
-        plain = dequantize_4bit(held.data, state).float().cpu()
+        plain = bits.dequantize_4bit(held.data, state).float().cpu()
         return plain if plain.shape == weight.shape and not _is_turned(loaded, name) else plain.T
 
     return read
@@ -617,13 +617,13 @@ def read_merged(folder: Path, plan: Plan) -> Iterator[tuple[str, Callable[[], to
 
 
 def _read_4bit(stored: Mapping[str, StoredTensor], tensor: PlannedTensor) -> torch.Tensor:
-    from bitsandbytes.functional import QuantState, dequantize_4bit
     from safetensors import safe_open
 
+    bits = four_bits.functional()
     with safe_open(stored[tensor.name].file, "pt") as reader:
         packed = reader.get_tensor(tensor.name)
         prefix = f"{tensor.name}."
         state = {key: reader.get_tensor(key) for key in stored if key.startswith(prefix)}
     device = packed.device
-    plain = dequantize_4bit(packed, QuantState.from_dict(state, device)).float()
+    plain = bits.dequantize_4bit(packed, bits.QuantState.from_dict(state, device)).float()
     return plain.T if tensor.turned else plain
