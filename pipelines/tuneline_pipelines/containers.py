@@ -52,9 +52,10 @@ _LOCKED_UP: Final[dict[str, Any]] = {
     "cap_drop": ["ALL"],
     "security_opt": ["no-new-privileges"],
 }
+_ANSWER: Final = "versions:"
 _VERSIONS: Final = """
 import importlib.metadata as m, json
-print(json.dumps({d.metadata["Name"]: d.version for d in m.distributions()}))
+print("versions:", json.dumps({d.metadata["Name"]: d.version for d in m.distributions()}))
 """
 
 
@@ -67,6 +68,7 @@ def check(image: str) -> None:
     """
     import docker
     from docker.errors import DockerException
+    from requests.exceptions import RequestException
 
     hint = "build it with `make images`"
     try:
@@ -80,12 +82,14 @@ def check(image: str) -> None:
     with contextlib.closing(client), contextlib.redirect_stdout(said):
         try:
             code = _run(client, image, ["python", "-c", _VERSIONS], {}, **_LOCKED_UP)
-        except RuntimeError as error:
-            raise TunelineError(str(error)) from error
-    *_, line = said.getvalue().splitlines() or [f"exit code {code}"]
-    if code:
-        raise TunelineError(f"image '{image}' can't start Python ({line[:300]}): {hint}")
-    found = json.loads(line)
+        except (RuntimeError, RequestException) as error:
+            raise TunelineError(f"image '{image}' can't be tried: {error}") from error
+    lines = [line for line in said.getvalue().splitlines() if line.strip()]
+    answers = [line for line in lines if line.startswith(_ANSWER)]
+    if code or not answers:
+        why = lines[-1][:300] if lines else f"exit code {code}, and it says nothing"
+        raise TunelineError(f"image '{image}' can't start Python ({why}): {hint}")
+    found = json.loads(answers[-1].removeprefix(_ANSWER))
     for name, parts in (("tuneline", 3), ("kfp", 2)):
         ours, theirs = version(name), found.get(name)
         if theirs is None or ours.split(".")[:parts] != theirs.split(".")[:parts]:

@@ -24,7 +24,13 @@ from tuneline import steps
 from tuneline.artifacts import Artifact, digest_of_file
 from tuneline.base_model import cache_dir
 from tuneline.data_prep import encode
-from tuneline.data_prep.duplicates import Scratch, find_similar, signatures, units
+from tuneline.data_prep.duplicates import (
+    Scratch,
+    find_similar,
+    signatures,
+    units,
+    units_of_all,
+)
 from tuneline.data_prep.prepare import PAGE, load_split, prepare
 from tuneline.data_prep.report import render_contract
 from tuneline.errors import DataError, ModelError
@@ -195,6 +201,16 @@ def test_words_are_split_at_spaces_and_scripts_without_them_into_characters(
     assert units(text) == found
 
 
+def test_one_message_without_spaces_makes_no_row_of_characters() -> None:
+    link = "https://example.org/" + "x" * 90
+    answer = "a plain answer of quite a few words that say what the link is about"
+    words, each = units_of_all([link, answer])
+    assert words == [link, *answer.split()] and each == [[link], answer.split()]
+    assert units_of_all([link, "ok"])[0] == list(f"{link}\nok")
+    assert units_of_all([]) == ([], [])
+    assert units_of_all(["\u7528 pip", "a b"])[0] == ["\u7528", "pip", "a", "b"]
+
+
 WORDS = [f"w{n}" for n in range(500)]
 
 
@@ -279,6 +295,23 @@ def test_a_split_without_rows_says_where_they_went(prepared: Prepare, chats: Cha
 def test_the_data_is_named_by_its_digest(prepared: Prepare, chats_file: Path) -> None:
     dataset = prepared(train=str(chats_file))
     assert dataset.manifest.inputs == {str(chats_file): f"sha256:{digest_of_file(chats_file)}"}
+
+
+@pytest.mark.parametrize("loss", ["assistant", "last", "all"])
+def test_a_turn_of_weight_0_is_refused_where_all_is_learned(
+    prepared: Prepare, chats: Chats, loss: str
+) -> None:
+    weights = {"user": 0, "assistant": 1}
+    weighed = [
+        {"messages": [m | {"weight": weights[m["role"]]} for m in row["messages"]]} for row in chats
+    ]
+    if loss == "all":
+        with pytest.raises(DataError, match=r"a turn has weight 0, and data\.loss is all"):
+            prepared(weighed, loss=loss)
+        return
+    dataset, plain = prepared(weighed, loss=loss), prepared(chats, loss=loss)
+    for split in SPLITS:
+        assert ids_of(dataset, split) == ids_of(plain, split)
 
 
 def test_sources_are_mixed_by_weight(prepared: Prepare, tmp_path: Path) -> None:

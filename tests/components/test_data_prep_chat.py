@@ -312,18 +312,21 @@ def test_a_start_that_prompts_share_changes_no_token(
 
 
 @pytest.mark.parametrize(
-    ("token", "flags"),
+    ("token", "flags", "shared"),
     [
-        ("<|im_start|>", {"rstrip": True}),
-        ("<|im_start|>", {"lstrip": True}),
-        ("<|im_start|>", {"normalized": True}),
-        ("<|im_start|>", {"single_word": True}),
-        ("<|im_start|>user\n ", {"special": False}),
-        ("start|>user\n ", {"special": False}),
+        ("<|im_start|>", {"rstrip": True}, "<|im_end|>"),
+        ("<|im_start|>", {"lstrip": True}, "<|im_end|>"),
+        ("<|im_start|>", {"normalized": True}, "<|im_end|>"),
+        ("<|im_start|>user\n ", {"special": False}, "<|im_end|>"),
+        ("start|>user\n ", {"special": False}, "<|im_end|>"),
+        ("\n<|im_s", {"special": False}, "<|im_end|>"),
+        # what is found by itself only may depend on the letter before
+        ("<|im_start|>", {"single_word": True}, ""),
+        ("user", {"special": False, "single_word": True}, ""),
     ],
 )
 def test_no_start_is_shared_up_to_a_token_that_reaches_over_its_border(
-    token: str, flags: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+    token: str, flags: dict[str, bool], shared: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tokenizers import AddedToken, Tokenizer
 
@@ -334,7 +337,8 @@ def test_no_start_is_shared_up_to_a_token_that_reaches_over_its_border(
     rendered = chats_of_one_system(renderer, [(f" a{n}", "b") for n in range(9)])
     one_by_one = [renderer.encode([one])[0] for one in rendered]
     prompts = [one.text[: one.spans[0][0]] for one in rendered]
-    assert renderer._shared_start(prompts).endswith("<|im_end|>")
+    found = renderer._shared_start(prompts)
+    assert found.endswith(shared) and bool(found) == bool(shared)
     assert renderer.encode(rendered) == one_by_one
     # where a border is taken for clean that is none, it is seen, and nothing is shared any more
     monkeypatch.setattr(renderer, "_separates", lambda control: True)

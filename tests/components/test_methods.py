@@ -275,6 +275,8 @@ for job in json.loads(sys.stdin.read()):
         from peft import PeftModel
         if job["double"] is not None:
             from transformers import BitsAndBytesConfig
+            from tuneline.finetune import four_bits
+            four_bits.functional()  # for layers of 48 inputs, where AVX-512 has them wrong
             options["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=job["double"], bnb_4bit_compute_dtype=torch.float32)

@@ -515,9 +515,13 @@ class Renderer:
         return all(
             not (token.normalized or token.lstrip or token.rstrip or token.single_word)
             if token.content == control
-            # one that could be found across the control's end in its place
-            else control not in token.content
-            and not any(control.endswith(token.content[:n]) for n in range(1, len(token.content)))
+            # one that could be found in its place or across its ends, or looks at its last letter
+            else not token.single_word
+            and control not in token.content
+            and not any(
+                control.endswith(token.content[:n]) or control.startswith(token.content[-n:])
+                for n in range(1, len(token.content))
+            )
             for token in added
         ) and any(token.content == control for token in added)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -28,6 +29,8 @@ BANDS: Final = 16
 _WIDTH: Final = PERMUTATIONS // BANDS
 _SEED: Final = 20
 _WORDS: Final = 5
+_LONG_WORD: Final = 24
+"""Characters of a word on average from which they are no words."""
 _PADDING: Final = ["\n"] * (_WORDS - 1)  # no word: words are split at white space
 _FACTOR: Final = 0x9E3779B97F4A7C15  # an odd 64-bit constant that spreads bits (golden ratio)
 _PAIRS_AT_ONCE: Final = 16384
@@ -75,13 +78,22 @@ def signatures(rows: Sequence[Sequence[str]]) -> np.ndarray:
 
 def units(text: str) -> list[str]:
     """The words of a text in lower case; of scripts without spaces between words, characters."""
-    text = text.lower()
-    if not text.isascii() and _HAS_ALONE.search(text):
-        return _WORD.findall(text)
-    words = text.split()
-    if len(words) * 24 < len(text):  # one endless word
-        return list(text)
-    return words
+    return units_of_all([text])[0]
+
+
+def units_of_all(texts: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """The words of texts that belong together, and those of each.
+
+    One endless word, of a text without spaces, is its characters; of several texts only where they
+    all together are such.
+    """
+    texts = [text.lower() for text in texts]
+    alone = any(not text.isascii() and _HAS_ALONE.search(text) for text in texts)
+    each = [_WORD.findall(text) if alone else text.split() for text in texts]
+    words = each[0] if len(each) == 1 else list(chain.from_iterable(each))
+    if not alone and len(words) * _LONG_WORD < sum(map(len, texts)) + len(texts) - 1:
+        return list("\n".join(texts)), each
+    return words, each
 
 
 def band_keys(signature: np.ndarray) -> np.ndarray:

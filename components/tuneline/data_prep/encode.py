@@ -35,7 +35,7 @@ from typing import Any, Final, cast
 from tuneline.artifacts import digest_of
 from tuneline.base_model import cache_dir
 from tuneline.data_prep.chat import ChatFormat, Loss, Overflow, Rendered, Renderer, Tokens, fit
-from tuneline.data_prep.duplicates import units
+from tuneline.data_prep.duplicates import units, units_of_all
 from tuneline.data_prep.records import (
     FORMAT_COLUMNS,
     BadRow,
@@ -59,6 +59,9 @@ _EVERY: Final = 50
 """A sample is taken of the first rows of a block, and of every so manieth one."""
 _EXAMPLES: Final = 5
 _LEAST_WORDS: Final = 8
+_WEIGHTLESS: Final = (
+    "a turn has weight 0, and data.loss is all: take assistant or last, or remove the weight"
+)
 _PRELOADED: Final = [
     "jinja2",
     "numpy",
@@ -202,6 +205,8 @@ class Encoder:
                 continue
             try:
                 record = parse_record(value, self.plan.source)
+                if record.weightless and self.plan.loss == "all":
+                    raise BadRow("unknown_key", _WEIGHTLESS)
                 rendered = self.renderer.render(record)
                 group = self._group(value)
             except BadRow as error:
@@ -465,20 +470,24 @@ def _words(record: Record) -> tuple[list[str], int]:
     """
     if not record.messages:
         return units(record.text), 0
-    words: list[str] = []
-    question: int | None = None
+    texts, asked = [], -1
     for message in record.messages:
         role = message["role"]
         if role == "system":
             continue
         if "content" in message:
-            said = units(message["content"])
-            words += said
-            if role == "user" and question is None:
-                question = _hash(" ".join(said)) | 1 if len(said) >= _LEAST_WORDS else 0
+            if role == "user" and asked < 0:
+                asked = len(texts)
+            texts.append(message["content"])
         if "tool_calls" in message:
-            words += units(json.dumps(message["tool_calls"], default=str))
-    return words, question or 0
+            texts.append(json.dumps(message["tool_calls"], default=str))
+    words, each = units_of_all(texts)
+    if asked < 0:
+        return words, 0
+    question = each[asked]
+    if len(question) < _LEAST_WORDS:  # unless it is without spaces
+        question = units(texts[asked])
+    return words, _hash(" ".join(question)) | 1 if len(question) >= _LEAST_WORDS else 0
 
 
 def _hash(text: str) -> int:
@@ -712,7 +721,7 @@ def _threads(plans: list[Plan], workers: int) -> Iterator[_Submit]:
             yield partial(pool.submit, encode)
         finally:
             pool.shutdown(cancel_futures=True)
-            del os.environ[_PARALLELISM]
+            os.environ.pop(_PARALLELISM, None)
             if parallel is not None:
                 os.environ[_PARALLELISM] = parallel
             if collects:

@@ -13,6 +13,7 @@ Every fault is a `BadRow`: a sentence for a person, and a reason that is counted
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -93,6 +94,8 @@ class Record:
     """Of other columns: NaN and infinite numbers, which JSON has none of."""
     id: Any = None
     format: str = "messages"
+    weightless: bool = False
+    """A turn that is no answer has weight 0: it is not to be learned."""
 
 
 def parse_line(line: bytes) -> Any:
@@ -110,7 +113,8 @@ def parse_line(line: bytes) -> Any:
     except RecursionError as error:
         raise BadRow("malformed_json", "malformed JSON: nested too deeply") from error
     except ValueError as error:
-        raise BadRow("malformed_json", f"malformed JSON: {error}") from error
+        mark = "a byte order mark amid the file: " if line.startswith(codecs.BOM_UTF8) else ""
+        raise BadRow("malformed_json", f"malformed JSON: {mark}{error}") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -149,6 +153,9 @@ def parse_record(row: Any, source: Source) -> Record:
         raise BadRow("empty", "has no text")
     if record.messages:
         _check_order(record.messages)
+        for message in record.messages:
+            if len(message) > 2 and message.pop("weight", None) == 0:
+                record.weightless = True
     consumed = _COLUMNS[name]
     for key, value in row.items():
         if key not in consumed and isinstance(value, _SCALARS) and not _BROKEN.search(key):
@@ -229,6 +236,8 @@ def _from_sharegpt(row: Mapping[str, Any]) -> Record:
             message = {"role": role, "tool_calls": call if isinstance(call, list) else [call]}
         else:
             message = {"role": role, "content": turn.get("value")}
+        if "weight" in turn:
+            message["weight"] = turn["weight"]
         messages.append(_message(message, number))
     return Record(_with_system(row, messages), tools=_tools(row))
 
@@ -344,6 +353,8 @@ def _message(value: Any, number: int) -> Message:
             f"{', '.join(sorted(_MESSAGE_KEYS))}",
         )
     message: Message = {"role": role}
+    if value.get("weight") == 0:
+        message["weight"] = 0
     if value.get("tool_calls") is not None and (calls := _tool_calls(value["tool_calls"], number)):
         if role != "assistant":
             raise BadRow("wrong_type", f"message {number}: tool_calls of role {role}")
@@ -366,10 +377,10 @@ def _message(value: Any, number: int) -> Message:
 
 
 def _unknown(value: Mapping[str, Any], known: frozenset[str], role: str) -> str:
-    """Names of the other keys that hold something: weight 0, prefix, images.
+    """Names of the other keys that hold something: prefix, images, weight 0 of an answer.
 
-    One that is left out of account would change what is learned. A weight of 1 does not, nor does
-    that of a turn which is not the assistant's.
+    One that is left out of account would change what is learned. Weight 1 of an answer does not,
+    nor 0 of another turn, unless all text is learned.
     """
     return ", ".join(
         sorted(
@@ -377,7 +388,7 @@ def _unknown(value: Mapping[str, Any], known: frozenset[str], role: str) -> str:
             for key, held in value.items()
             if key not in known
             and held is not None
-            and not (key == "weight" and (held == 1 or (held == 0 and role != "assistant")))
+            and not (key == "weight" and held == (role == "assistant"))
         )
     )
 
