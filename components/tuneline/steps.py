@@ -251,7 +251,11 @@ def check_retrain(
 
 
 def _expected(digests: Mapping[str, str], base_key: str) -> dict[str, Any]:
-    """What `_check_expected` compares. A parameter has a limit of size, and a glob many files."""
+    """What `_check_expected` compares, and the files to read.
+
+    A parameter has a limit of size: of more files than `_MOST_FILES` the names are not handed on,
+    and then one more that comes in between ends the run.
+    """
     return {
         "data": digest_of(dict(sorted(digests.items()))),
         "files": dict(digests) if len(digests) <= _MOST_FILES else {},
@@ -307,7 +311,10 @@ def prepare_data(
 
     with _step("prepare_data", run_id, experiment, ("transformers",)) as step:
         section = recipe.check(recipe.DataSection, data, source="data")
-        dataset = prepare(base_model, section, Path(output), step)
+        # files that came since check_retrain are the next run's: else a bucket that grows all the
+        # time would never be found as it was
+        only = (expected or {}).get("files") or None
+        dataset = prepare(base_model, section, Path(output), step, only)
         if expected:
             try:
                 _check_expected(dataset, expected)

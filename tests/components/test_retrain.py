@@ -281,6 +281,28 @@ def test_only_changed_data_waits_for_a_trigger(
     )
 
 
+@pytest.mark.usefixtures("world")
+def test_files_that_come_after_the_decision_are_the_next_run_s(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "bucket"
+    folder.mkdir()
+    write_rows(folder / "b.jsonl", 30)
+    base, data, *_, expected, _, _, _, _ = World(folder, tiny_model).decided("a")
+    write_rows(folder / "a.jsonl", 31)
+    write_rows(folder / "c.jsonl", 32)
+    output = tmp_path / "prepared"
+    steps.prepare_data(base, data, str(output), "a", "e", expected=expected)
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert list(manifest["inputs"]) == [str(folder / "b.jsonl")]
+    assert f"2 files of {folder} came after it was decided what to read" in capsys.readouterr().out
+    shutil.rmtree(output)
+    (folder / "b.jsonl").unlink()
+    with pytest.raises(DataError, match=r"of .*bucket no file is there any more"):
+        steps.prepare_data(base, data, str(output), "a", "e", expected=expected)
+    assert not output.exists()
+
+
 def test_data_that_changes_after_the_decision_is_not_prepared(
     world: World, tmp_path: Path, tiny_model: Path
 ) -> None:

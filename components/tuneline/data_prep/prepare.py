@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -50,7 +50,11 @@ _TICK_SECONDS: Final = 10.0
 
 
 def prepare(
-    model_reference: str, data: DataSection, output: Path, step: Step | None = None
+    model_reference: str,
+    data: DataSection,
+    output: Path,
+    step: Step | None = None,
+    only: Collection[str] | None = None,
 ) -> Artifact:
     """Prepare a data set for one base model.
 
@@ -59,6 +63,7 @@ def prepare(
         data: sources, split, length limit and the contract's limits.
         output: folder of the PreparedDataset.
         step: where the contract is recorded, also when it does not hold.
+        only: names of the files to read, where others may have come since; None for all.
 
     Raises:
         DataError: a file that can't be read, a broken contract, or a split without rows. The
@@ -76,7 +81,7 @@ def prepare(
         shutil.rmtree(_refused(output), ignore_errors=True)  # of a try before
         digests: dict[str, str] = {}
         ledger = Ledger(plans)
-        _fill(ledger, data, digests, aside / "scratch")
+        _fill(ledger, data, digests, aside / "scratch", only)
         shutil.rmtree(aside / "scratch", ignore_errors=True)
         contract = _judge(ledger, data, tokenizer, chats.template, output, step)
         _write_rows(ledger, aside)
@@ -116,12 +121,18 @@ def _plans(data: DataSection, chats: chat.ChatFormat) -> list[Plan]:
     ]
 
 
-def _fill(ledger: Any, data: DataSection, digests: dict[str, str], scratch_folder: Path) -> None:
+def _fill(
+    ledger: Any,
+    data: DataSection,
+    digests: dict[str, str],
+    scratch_folder: Path,
+    only: Collection[str] | None,
+) -> None:
     from tuneline.data_prep.duplicates import Scratch, find_similar
 
     near = data.near_duplicate_similarity < 1
     scratch = Scratch(scratch_folder) if near else None
-    blocks = _blocks([plan.source for plan in ledger.plans], digests)
+    blocks = _blocks([plan.source for plan in ledger.plans], digests, only)
     told, rows, started = time.monotonic(), 0, time.monotonic()
     try:
         for encoded in encode_blocks(ledger.plans, blocks, cpu_count()):
@@ -139,9 +150,11 @@ def _fill(ledger: Any, data: DataSection, digests: dict[str, str], scratch_folde
     ledger.settle(data, partial(find_similar, scratch, threshold=data.near_duplicate_similarity))
 
 
-def _blocks(sources: list[Source], digests: dict[str, str]) -> Iterator[tuple[int, Block]]:
+def _blocks(
+    sources: list[Source], digests: dict[str, str], only: Collection[str] | None
+) -> Iterator[tuple[int, Block]]:
     for position, source in enumerate(sources):
-        for block in read_blocks(source, digests):
+        for block in read_blocks(source, digests, only):
             yield position, block
 
 

@@ -16,7 +16,7 @@ import json
 import re
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from tuneline import object_store
 from tuneline.artifacts import digest_of
 from tuneline.base_model import cache_dir
 from tuneline.errors import DataError
+from tuneline.progress import report
 from tuneline.recipe import Source
 
 DEMO_SOURCES: Final = {"demo:train": ("TRAIN", 650, 1), "demo:test": ("TEST", 100, 2)}
@@ -77,12 +78,15 @@ class Block:
         return f"{self.file} {self.unit} {self.first + row}"
 
 
-def read_blocks(source: Source, digests: dict[str, str]) -> Iterator[Block]:
+def read_blocks(
+    source: Source, digests: dict[str, str], only: Collection[str] | None = None
+) -> Iterator[Block]:
     """Stream a source's rows.
 
     Args:
         source: where they are.
         digests: gets `path -> digest` of each file when its last row has been read.
+        only: names of files, as in `digests`, beside which others are left alone; None for all.
 
     Raises:
         DataError: nothing there, or a file that is empty, cut short or not what its name says.
@@ -92,8 +96,22 @@ def read_blocks(source: Source, digests: dict[str, str]) -> Iterator[Block]:
     elif source.path.startswith(_HUB):
         yield from _hub(source, digests)
     else:
-        for name, open_file in files(source):
-            yield from _file_blocks(name, open_file, digests)
+        found = [(_printable(name), open_file) for name, open_file in files(source)]
+        later = [name for name, _ in found if only is not None and name not in only]
+        if found and len(later) == len(found):
+            raise DataError(
+                f"of {source.path} no file is there any more that was when it was decided what to "
+                "read: run it again, it begins with what is there now"
+            )
+        for name, open_file in found:
+            if only is None or name in only:
+                yield from _file_blocks(name, open_file, digests)
+        if later:
+            names = ", ".join(later[:3]) + (", ..." if len(later) > 3 else "")
+            report(
+                f"{len(later)} files of {source.path} came after it was decided what to read: the "
+                f"next run has them ({names})"
+            )
 
 
 def _demo(source: Source, digests: dict[str, str]) -> Iterator[Block]:
@@ -208,9 +226,12 @@ def _suffixes(name: str) -> tuple[str, str]:
     return next((f for f in _FORMATS if stem.endswith(f)), ""), compression
 
 
+def _printable(name: str) -> str:
+    """File systems allow names that no report could be written with."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def _file_blocks(name: str, open_file: _Open, digests: dict[str, str]) -> Iterator[Block]:
-    # file systems allow names that no report could be written with
-    name = name.encode("utf-8", "backslashreplace").decode()
     form, compression = _suffixes(name)
     if not form:
         raise _unreadable(name, f"the name ends in none of {', '.join(_FORMATS)}")
