@@ -108,10 +108,11 @@ def test_what_is_not_merged_is_packaged_and_its_card_loads_it(
     code = card.partition("```python\n")[2].partition("```")[0]
     assert len(code.splitlines()) <= 6
     if loader["quantization"] is not None:
-        # which packs weights anew on some CPUs, and then takes widths that 32 divides only
+        # which packs weights anew on some CPUs, and then takes widths that 32 divides only, and
+        # undoes those of 48 wrongly on some
         code = (
             "import bitsandbytes.nn.modules as layers\nlayers.has_avx512bf16 = lambda: False\n"
-            + code
+            "from tuneline.finetune import four_bits\nfour_bits.functional()\n" + code
         )
     code += (
         "import torch\n"
