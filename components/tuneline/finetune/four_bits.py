@@ -18,9 +18,13 @@ _KERNELS: Final = "cdequantize_blockwise_cpu_"
 def functional() -> Any:
     """The module `bitsandbytes.functional`, once its kernels for CPUs are handed single rows."""
     found = importlib.import_module("bitsandbytes.functional")
-    kernels = importlib.import_module("bitsandbytes.backends.cpu.ops")
-    if not isinstance(kernels.lib, _SingleRows):
-        kernels.lib = _SingleRows(kernels.lib)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        kernels: Any = importlib.import_module("bitsandbytes.backends.cpu.ops")
+    except ModuleNotFoundError:  # another release; loading tries each width all the same
+        return found
+    library = getattr(kernels, "lib", None)
+    if library is not None and not isinstance(library, _SingleRows):
+        kernels.lib = _SingleRows(library)
     return found
 
 
