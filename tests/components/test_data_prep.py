@@ -299,7 +299,7 @@ def test_the_data_is_named_by_its_digest(prepared: Prepare, chats_file: Path) ->
 
 @pytest.mark.parametrize("loss", ["assistant", "last", "all"])
 def test_a_turn_of_weight_0_is_refused_where_all_is_learned(
-    prepared: Prepare, chats: Chats, loss: str
+    prepared: Prepare, chats: Chats, tmp_path: Path, loss: str
 ) -> None:
     weights = {"user": 0, "assistant": 1}
     weighed = [
@@ -308,6 +308,11 @@ def test_a_turn_of_weight_0_is_refused_where_all_is_learned(
     if loss == "all":
         with pytest.raises(DataError, match=r"a turn has weight 0, and data\.loss is all"):
             prepared(weighed, loss=loss)
+        answer = {"role": "assistant", "content": "so it is", "weight": 1}
+        held = [{"messages": [{"role": "user", "content": "held out", "weight": 0}, answer]}]
+        path = write(tmp_path / "held.jsonl", held)  # nothing of it is learned
+        contract = prepared(chats, loss=loss, evaluation_sets=path).read_json("contract.json")
+        assert contract["bad_rows_dropped"] == 0 and len(contract["sources"]) == 2
         return
     dataset, plain = prepared(weighed, loss=loss), prepared(chats, loss=loss)
     for split in SPLITS:

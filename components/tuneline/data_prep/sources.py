@@ -109,8 +109,8 @@ def read_blocks(
         if later:
             names = ", ".join(later[:3]) + (", ..." if len(later) > 3 else "")
             report(
-                f"{len(later)} files of {source.path} came after it was decided what to read: the "
-                f"next run has them ({names})"
+                f"came to {source.path} after it was decided what to read, and left for a later "
+                f"run: {len(later)} ({names})"
             )
 
 

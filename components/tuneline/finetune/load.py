@@ -75,7 +75,8 @@ def load_base(
     if wrong := wrong_4_bit_widths(model):
         raise ModelError(
             f"bitsandbytes {version('bitsandbytes')} computes wrongly in 4 bits on this machine "
-            f"with layers of {wrong} inputs: take another method than qlora, or another machine"
+            f"with layers of {wrong} inputs: take a model and a method without 4 bits, or another "
+            "machine"
         )
     if quantization is not None:
         return model
