@@ -83,7 +83,7 @@ def check(image: str) -> None:
         try:
             code = _run(client, image, ["python", "-c", _VERSIONS], {}, **_LOCKED_UP)
         except (RuntimeError, RequestException) as error:
-            raise TunelineError(f"image '{image}' can't be tried: {error}") from error
+            raise TunelineError(f"image '{image}' can't be tried: {error}; {hint}") from error
     lines = [line for line in said.getvalue().splitlines() if line.strip()]
     answers = [line for line in lines if line.startswith(_ANSWER)]
     if code or not answers:

@@ -55,6 +55,7 @@ _DEEPEST: Final = 100
 """Levels of a tool's schema or of a call's arguments; templates and JSON walk them recursively."""
 _BRACKETS: Final = {"{": 1, "[": 1, "}": -1, "]": -1}
 _TURN_KEYS: Final = frozenset(("from", "value"))
+_WEIGHTS: Final = ", and weight where it is 1 of an answer or 0 of another turn"
 _MEDIA: Final = ("images", "image", "videos", "video", "audios", "audio")
 # Surrogates come from broken escapes; of the control characters, text has tab, newline, form feed
 # and carriage return only.
@@ -229,7 +230,7 @@ def _from_sharegpt(row: Mapping[str, Any]) -> Record:
             raise BadRow(
                 "unknown_key",
                 f"turn {number}: keys {others} are not supported; keys are "
-                f"{', '.join(sorted(_TURN_KEYS))}",
+                f"{', '.join(sorted(_TURN_KEYS))}{_WEIGHTS}",
             )
         if speaker == "function_call":
             call = _decoded(turn.get("value"), "value")
@@ -350,7 +351,7 @@ def _message(value: Any, number: int) -> Message:
         raise BadRow(
             "unknown_key",
             f"message {number}: keys {others} are not supported; keys are "
-            f"{', '.join(sorted(_MESSAGE_KEYS))}",
+            f"{', '.join(sorted(_MESSAGE_KEYS))}{_WEIGHTS}",
         )
     message: Message = {"role": role}
     if value.get("weight") == 0:
